@@ -33,7 +33,9 @@ class MissingExtra(ZooError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str, needed_for: str) -> None:
-        super().__init__(f"{needed_for} needs the package {package}, which is not installed: pip install 'mmzoo[{extra}]'")
+        super().__init__(
+            f"{needed_for} needs the package {package}, which is not installed: pip install 'mmzoo[{extra}]'"
+        )
 
 
 def near(name: str, options: Iterable[str], most: int = 3) -> str:

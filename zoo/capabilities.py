@@ -1,0 +1,108 @@
+"""What a model can do, as Protocols. Evaluation, the CLI and the notebook dispatch on these and on nothing else.
+
+All of them take sequences of PIL images (or paths) and strings, run in eval mode under ``torch.inference_mode`` in batches,
+and restore the training mode. A row of the result depends on its own inputs only, never on what shares its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL.Image import Image
+    from torch import Tensor
+
+    ImageLike: TypeAlias = Image | Path | str
+
+
+@runtime_checkable
+class EmbedImages(Protocol):
+    """Embeds images in the space shared with texts."""
+
+    def embed_images(self, images: Sequence[ImageLike]) -> Tensor:
+        """Return [N, D] float, rows of unit length."""
+        ...
+
+
+@runtime_checkable
+class EmbedTexts(Protocol):
+    """Embeds texts in the space shared with images."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return [N, D] float, rows of unit length."""
+        ...
+
+
+@runtime_checkable
+class ScoreText(Protocol):
+    """Gives the likelihood of a text for an image."""
+
+    def score_text(
+        self,
+        images: Sequence[ImageLike],
+        texts: Sequence[str],
+        prompts: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Return [N], log p(text | image, prompt) in nats, summed over the text's tokens and its end."""
+        ...
+
+
+@runtime_checkable
+class ScoreTexts(Protocol):
+    """Scores many candidate texts for each image, encoding the image once: a faster door for ranking."""
+
+    def score_candidates(
+        self,
+        images: Sequence[ImageLike],
+        candidates: Sequence[Sequence[str]],
+        prompts: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Return [N, C] log p(candidate | image, prompt) in nats, equal to ``score_text`` of every pair."""
+        ...
+
+
+@runtime_checkable
+class GenerateText(Protocol):
+    """Writes text about an image."""
+
+    def generate_text(
+        self,
+        images: Sequence[ImageLike],
+        prompts: Sequence[str] | None = None,
+        max_new_tokens: int = 32,
+    ) -> list[str]:
+        """Return one text an image, greedy by default."""
+        ...
+
+
+@runtime_checkable
+class Match(Protocol):
+    """Judges whether an image and a text belong together (BLIP-2's and ALBEF's matching head)."""
+
+    def match(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
+        """Return [N], the logit of "they match"."""
+        ...
+
+
+CAPABILITIES: dict[str, type] = {
+    "embed_images": EmbedImages,
+    "embed_texts": EmbedTexts,
+    "score_text": ScoreText,
+    "score_candidates": ScoreTexts,
+    "generate_text": GenerateText,
+    "match": Match,
+}
+"""Capability name (its method's name) -> Protocol."""
+
+
+def capabilities_of(model: Any) -> tuple[str, ...]:
+    """Return the names of the capabilities ``model`` offers, in the order of `CAPABILITIES`."""
+    return tuple(name for name, protocol in CAPABILITIES.items() if isinstance(model, protocol))
+
+
+def capability_name(protocol: type) -> str:
+    """Return the name (the method) of a capability's Protocol."""
+    return next(name for name, known in CAPABILITIES.items() if known is protocol)

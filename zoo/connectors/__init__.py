@@ -1,0 +1,1 @@
+"""Parts: connectors, one small file each, Config beside class."""

@@ -1,0 +1,34 @@
+"""What a connector is: tokens of one part in, tokens another part can read out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from zoo.part import Features, PartConfig
+
+
+class Connector(nn.Module):
+    """Base of connectors.
+
+    Attributes:
+        width: Width of the tokens it returns, the decoder's.
+        tokens: Tokens an item it returns.
+        needs_cls: False when a class token among the input would disturb it (it works on the grid).
+    """
+
+    width: int
+    tokens: int
+
+    def forward(self, features: Features, text: Features | None = None) -> Features:
+        """Map tokens [B, N, D_in] to [B, n, D_out]; ``text`` are instruction tokens, for connectors that read them."""
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig(PartConfig):
+    """Base of connectors' configuration; widths are derived when parts are joined."""
+
+    def build(self, *, in_width: int, in_tokens: int, out_width: int) -> Connector:
+        raise TypeError(f"{type(self).__name__} defines no build")

@@ -1,0 +1,1 @@
+"""Parts: decoders, one small file each, Config beside class."""

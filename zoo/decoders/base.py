@@ -1,0 +1,58 @@
+"""What a text decoder is: embeddings laid out as a sequence in, hidden states and logits out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoo.layout import TokenBatch
+from zoo.part import PartConfig
+
+
+class Decoder(nn.Module):
+    """Base of text decoders.
+
+    Attributes:
+        width: Width of its embeddings and hidden states.
+        vocab_size: Rows of the embedding table and width of the logits.
+    """
+
+    width: int
+    vocab_size: int
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> embeddings [B, T, width], without positions."""
+        raise TypeError(f"{type(self).__name__} defines no embed")
+
+    def forward(self, batch: TokenBatch, cache: Any = None) -> Tensor:
+        """Hidden states [B, T, width] after the final norm. With a cache (``new_cache``), ``batch.embeds`` holds only the new
+        rows while ``batch.layout`` describes every key."""
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., width] -> logits [..., vocab_size]."""
+        raise TypeError(f"{type(self).__name__} defines no logits")
+
+    def new_cache(self) -> Any:
+        """An empty key/value cache for ``forward``."""
+        raise TypeError(f"{type(self).__name__} defines no cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(PartConfig):
+    """Fields every text decoder has.
+
+    Attributes:
+        tokenizer: A text tokenizer's name.
+        vocab_size: Rows of the embedding table.
+        context_length: Longest sequence, image tokens included.
+    """
+
+    tokenizer: str = "openmoji-bpe"
+    vocab_size: int = 1024
+    context_length: int = 256
+
+    def build(self) -> Decoder:
+        raise TypeError(f"{type(self).__name__} defines no build")

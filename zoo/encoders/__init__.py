@@ -1,0 +1,1 @@
+"""Parts: encoders, one small file each, Config beside class."""

@@ -1,0 +1,1 @@
+"""The wirings that join parts into models."""

@@ -1,0 +1,1 @@
+"""Parts: objectives, one small file each, Config beside class."""

@@ -1,0 +1,503 @@
+"""Recipes: what a model is made of, as one typed value that the command line, notebooks and checkpoints share.
+
+A recipe is resolved in one order, whichever door it comes through: class defaults, the preset of the part's name, the body of
+``conf/model/NAME.yaml``, the scale, and last what the user wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from zoo.errors import ConfigError, near
+from zoo.part import SIZE_FIELDS, PartConfig
+from zoo.plugin import catalogue
+from zoo.registry import KINDS, parse, to_plain
+
+SLOTS = ("encoder", "text_encoder", "connector", "decoder")
+"""The part kinds a recipe may fill, each a Hydra group of the same name."""
+
+SECTIONS = (*SLOTS, "objective", "wiring", "stages", "optimizer")
+"""Top-level keys of a composed configuration that belong to the recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WiringConfig(PartConfig):
+    """Base of the wirings' configuration: ``slots`` are the part kinds it joins."""
+
+    slots: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(PartConfig):
+    """Base of the objectives' configuration.
+
+    Attributes:
+        weight: Factor of this loss in the sum.
+    """
+
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(PartConfig):
+    """AdamW with linear warm-up and cosine decay.
+
+    Attributes:
+        lr: Peak learning rate.
+        min_lr: Learning rate at the end of the cosine.
+        warmup: Steps of linear warm-up when 1 or more, a fraction of the stage's steps when below 1.
+        clip: Largest total gradient norm; 0 = no clipping.
+        weight_decay: Decoupled; not applied to gains, biases, scalars, positions and class or query embeddings.
+    """
+
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    warmup: float = 0.03
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas = {list(self.betas)} must be two numbers in [0, 1)")
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"lr = {self.lr}, min_lr = {self.min_lr}: need 0 <= min_lr <= lr and lr > 0")
+        if self.warmup < 0 or self.clip < 0 or self.weight_decay < 0:
+            raise ValueError("warmup, clip and weight_decay must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(PartConfig):
+    """One stretch of training.
+
+    Attributes:
+        train: Paths of what learns: slots (``connector``), or modules inside (``decoder.lm_head``); ``"*"`` is everything.
+        freeze: Paths inside ``train`` that stay fixed all the same.
+        objectives: Names of the recipe's objectives this stage uses; empty = all.
+        share: Part of the run's budget, relative to the other stages.
+        optimizer: Fields of the recipe's optimizer that differ in this stage.
+    """
+
+    name: str
+    train: list[str] = field(default_factory=lambda: ["*"])
+    freeze: list[str] = field(default_factory=list)
+    objectives: list[str] = field(default_factory=list)
+    share: float = 1.0
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+JOINT = Stage(name="joint")
+"""Everything learns at once; ``stages=joint`` on the command line. What a recipe without pretrained parts wants."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A resolved recipe.
+
+    Attributes:
+        model: File stem of the recipe.
+        scale: Name of the scale applied, ``"published"`` for none.
+        wiring: (registry name, config) of the wiring.
+        parts: Slot -> (registry name, config), in the wiring's order.
+        objectives: Registry name -> config.
+        changed: What differs from the recipe as published at this scale, ``("connector", "mlp")`` or ``("encoder.width", "96")``.
+    """
+
+    model: str
+    scale: str
+    wiring: tuple[str, WiringConfig]
+    parts: dict[str, tuple[str, PartConfig]]
+    objectives: dict[str, ObjectiveConfig]
+    stages: tuple[Stage, ...]
+    optimizer: OptimizerConfig
+    changed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """``blip2-opt+connector=mlp``: a changed part shows everywhere."""
+        return self.model + "".join(f"+{key}={value}" for key, value in self.changed)
+
+    def stage_optimizer(self, index: int) -> OptimizerConfig:
+        """The optimizer of a stage, its own fields over the recipe's."""
+        stage = self.stages[index]
+        config: OptimizerConfig = parse(
+            OptimizerConfig,
+            {**to_plain(self.optimizer), **stage.optimizer},
+            f"stages.{index}.optimizer",
+        )
+        return config
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON-like form, the content of recipe.json: every field written out, so a changed default changes no checkpoint."""
+        return {
+            "format": 1,
+            "model": self.model,
+            "scale": self.scale,
+            "wiring": {"name": self.wiring[0], **to_plain(self.wiring[1])},
+            **{slot: {"name": name, **to_plain(config)} for slot, (name, config) in self.parts.items()},
+            "objective": {name: to_plain(config) for name, config in self.objectives.items()},
+            "stages": [to_plain(stage) for stage in self.stages],
+            "optimizer": to_plain(self.optimizer),
+            "changed": [list(pair) for pair in self.changed],
+        }
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> Recipe:
+        """Read what ``to_plain`` wrote.
+
+        Raises:
+            ConfigError: Another format, an unknown name or field, a wrong type.
+        """
+        if plain.get("format") != 1:
+            raise ConfigError(
+                f"recipe format {plain.get('format')!r} is unknown to this version, expected 1: update mmzoo"
+            )
+        unknown = set(plain) - {"format", "model", "scale", "changed", *SECTIONS}
+        if unknown:
+            key = sorted(unknown)[0]
+            raise ConfigError(f"recipe has an unknown key {key!r}{near(key, SECTIONS)}")
+        wiring_name, wiring = _named("wiring", plain["wiring"])
+        parts = {slot: _named(slot, plain[slot]) for slot in wiring.slots if plain.get(slot) is not None}
+        return _checked(
+            Recipe(
+                model=plain["model"],
+                scale=plain["scale"],
+                wiring=(wiring_name, wiring),
+                parts=parts,
+                objectives={
+                    name: catalogue()["objective"].parse(name, values, f"objective.{name}")
+                    for name, values in plain["objective"].items()
+                },
+                stages=_stages(plain["stages"]),
+                optimizer=parse(OptimizerConfig, plain["optimizer"], "optimizer"),
+                changed=tuple((str(k), str(v)) for k, v in plain["changed"]),
+            )
+        )
+
+    def with_(self, *, scale: str | None = None, **changes: Any) -> Recipe:
+        """The same recipe with parts or fields changed: ``with_(connector="mlp", encoder={"width": 96})``.
+
+        Raises:
+            ConfigError: As ``resolve``.
+        """
+        plain = self.to_plain()
+        base: dict[str, Any] = {key: plain[key] for key in SECTIONS if key in plain}
+        choices = {key: base[key].pop("name") for key in (*SLOTS, "wiring") if key in base}
+        choices["objective"] = list(base["objective"])
+        new_choices, new_values = split_changes(changes)
+        for kind, choice in new_choices.items():
+            if choice != choices.get(kind):
+                base.pop(kind, None)  # fields of the part that goes have no meaning for the one that comes
+        merged = merge(base, new_values)
+        return resolve(
+            self.model,
+            choices={**choices, **new_choices},
+            values=merged,
+            scale=scale or self.scale,
+        )
+
+
+def _named(kind: str, plain: Mapping[str, Any]) -> tuple[str, Any]:
+    values = dict(plain)
+    name = values.pop("name", None)
+    if name is None:
+        raise ConfigError(f"{kind} needs a 'name'; known: {', '.join(catalogue()[kind].names())}")
+    return name, catalogue()[kind].parse(name, values, kind)
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """``conf/model/NAME.yaml`` as it stands: the options it picks, and the fields it sets."""
+
+    choices: dict[str, Any]
+    body: dict[str, Any]
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path.name} is not valid YAML: {error}") from error
+
+
+def read_recipe(model: str) -> RecipeFile:
+    """Read a recipe file: ``override /GROUP: OPTION`` defaults, then fields.
+
+    Raises:
+        ConfigError: Unknown model, or a file outside this grammar (Hydra would accept more; notebooks read the same files without it).
+    """
+    catalogue()["model"].get(model)
+    path = catalogue().recipes[model]
+    content = _yaml(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {path.name} is empty, expected defaults and fields")
+    choices: dict[str, Any] = {}
+    for item in content.pop("defaults", []):
+        if item == "_self_":
+            continue
+        key = next(iter(item), "") if isinstance(item, dict) and len(item) == 1 else ""
+        group = key.removeprefix("override /")
+        if not key.startswith("override /") or group not in (*SLOTS, "objective"):
+            raise ConfigError(f"recipe {path.name}: defaults may only hold 'override /GROUP: OPTION', not {item!r}")
+        choices[group] = item[key]
+    for key, value in content.items():
+        if key not in SECTIONS:
+            raise ConfigError(f"recipe {path.name} has an unknown key {key!r}{near(str(key), SECTIONS)}")
+        sizes = SIZE_FIELDS & set(value) if isinstance(value, dict) else set()
+        if sizes:
+            raise ConfigError(
+                f"recipe {path.name} sets {key}.{sorted(sizes)[0]}: sizes belong to the preset of a part's name"
+            )
+    return RecipeFile(choices, content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """``conf/scale/NAME.yaml``.
+
+    Attributes:
+        sizes: Standard size field -> value, for every part that has the field.
+        optimizer: Optimizer fields that suit the size.
+        batch_size: Samples a step, unless the run says otherwise; 0 = no opinion.
+    """
+
+    name: str
+    sizes: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 0
+
+
+def scales() -> dict[str, Path]:
+    return {path.stem: path for folder in catalogue().conf_dirs for path in sorted((folder / "scale").glob("*.yaml"))}
+
+
+def read_scale(name: str) -> Scale:
+    """Read a scale.
+
+    Raises:
+        ConfigError: No such scale, or it sets what is no standard size field.
+    """
+    known = scales()
+    if name not in known:
+        raise ConfigError(f"unknown scale {name!r}{near(name, known)}")
+    scale: Scale = parse(Scale, {"name": name, **(_yaml(known[name]) or {})}, f"scale {name}")
+    for key in scale.sizes:
+        if key not in SIZE_FIELDS:
+            raise ConfigError(f"scale {name!r} sets {key!r}, which is no standard size field{near(key, SIZE_FIELDS)}")
+    return scale
+
+
+def _stages(values: Any) -> tuple[Stage, ...]:
+    if values == "joint" or not values:
+        return (JOINT,)
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"stages = {values!r}: expected 'joint' or a list of stages")
+    stages = tuple(parse(Stage, value, f"stages.{i}") for i, value in enumerate(values))
+    for stage in stages:
+        if stage.share <= 0:
+            raise ConfigError(f"stage {stage.name!r}: share = {stage.share} must be above 0")
+    return stages
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings merged, ``over`` winning."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def split_changes(changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell choices (``connector="mlp"``) from values (``connector={"queries": 8}``, ``{"encoder.width": 96}``).
+
+    Raises:
+        ConfigError: A key that is no section of a recipe, with near names.
+    """
+    choices: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        head, *rest = key.split(".")
+        if head not in SECTIONS:
+            raise ConfigError(f"unknown option {key!r} of a recipe{near(head, SECTIONS)}")
+        if not rest and isinstance(value, Mapping) and head != "stages":
+            value = dict(value)
+            if "name" in value and head in KINDS:
+                choices[head] = value.pop("name")
+        elif not rest and head in (*SLOTS, "wiring", "objective"):
+            choices[head] = value
+            continue
+        for step in reversed(rest):
+            value = {step: value}
+        values = merge(values, {head: value})
+    return choices, values
+
+
+def resolve(
+    model: str,
+    *,
+    choices: Mapping[str, Any] | None = None,
+    values: Mapping[str, Any] | None = None,
+    scale: str | None = None,
+) -> Recipe:
+    """The recipe of ``model`` with parts chosen and fields set by the user.
+
+    Args:
+        choices: Slot, ``wiring`` or ``objective`` -> registry name (objective: one or a list).
+        values: Section -> fields, as in a composed configuration.
+        scale: A name in conf/scale; None = published sizes.
+
+    Raises:
+        ConfigError: Any unknown name or field, wrong type, or parts that do not fit the wiring.
+    """
+    file = read_recipe(model)
+    recipe = _resolve(model, file, dict(choices or {}), dict(values or {}), scale or "published")
+    if not choices and not values:
+        return recipe
+    published = _resolve(model, file, {}, {}, recipe.scale)
+    chosen = _resolve(model, file, dict(choices), {}, recipe.scale) if choices else published
+    return dataclasses.replace(
+        recipe,
+        changed=_difference(recipe.to_plain(), chosen.to_plain(), published.to_plain()),
+    )
+
+
+def _resolve(
+    model: str,
+    file: RecipeFile,
+    choices: dict[str, Any],
+    values: dict[str, Any],
+    scale_name: str,
+) -> Recipe:
+    for key in (*choices, *values):
+        if key not in SECTIONS:
+            raise ConfigError(f"unknown option {key!r} of a recipe{near(key, SECTIONS)}")
+    scale = read_scale(scale_name)
+    picked = {**file.choices, **choices}
+
+    def config(
+        kind: str,
+        name: str,
+        where: str,
+        body: Mapping[str, Any],
+        user: Mapping[str, Any],
+    ) -> Any:
+        # Parse twice: the scale replaces sizes of a valid part, and what the user wrote then wins over the scale.
+        cls = catalogue()[kind].config_class(name)
+        known = {f.name for f in dataclasses.fields(cls)}
+        fitting = body if picked.get(kind) == file.choices.get(kind) else {k: v for k, v in body.items() if k in known}
+        base = catalogue()[kind].parse(name, fitting, where).scaled(scale.sizes)
+        return parse(cls, merge(to_plain(base), user), where)
+
+    def section(key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        both = [dict(source.get(key) or {}) for source in (file.body, values)]
+        for source in both:
+            source.pop("name", None)
+        return both[0], both[1]
+
+    named = [source.get("wiring") for source in (file.body, values)]
+    wiring_name = choices.get("wiring") or next(
+        (
+            w["name"] if isinstance(w, Mapping) else w
+            for w in reversed(named)
+            if w and (isinstance(w, str) or "name" in w)
+        ),
+        None,
+    )
+    if wiring_name is None:
+        raise ConfigError(f"recipe {model!r} states no wiring; known: {', '.join(catalogue()['wiring'].names())}")
+    plain_wirings = [
+        {} if isinstance(w, str) or w is None else {k: v for k, v in w.items() if k != "name"} for w in named
+    ]
+    wiring = config("wiring", wiring_name, "wiring", *plain_wirings)
+    parts: dict[str, tuple[str, PartConfig]] = {}
+    for slot in wiring.slots:
+        name = picked.get(slot)
+        if name is None:
+            raise ConfigError(f"{model} ({wiring_name}) needs a {slot}; known: {', '.join(catalogue()[slot].names())}")
+        parts[slot] = (name, config(slot, name, slot, *section(slot)))
+    for slot in SLOTS:
+        if slot not in wiring.slots and (choices.get(slot) is not None or values.get(slot)):
+            raise ConfigError(f"{model} has no {slot}: its wiring {wiring_name!r} joins {', '.join(wiring.slots)}")
+    names = picked.get("objective") or []
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise ConfigError(f"recipe {model!r} states no objective; known: {', '.join(catalogue()['objective'].names())}")
+    body, user = section("objective")
+    for key in user:
+        if key not in names:
+            raise ConfigError(f"objective.{key} is set but the model trains {', '.join(names)}{near(key, names)}")
+    objectives = {n: config("objective", n, f"objective.{n}", body.get(n) or {}, user.get(n) or {}) for n in names}
+    optimizer_body, optimizer_user = section("optimizer")
+    optimizer = parse(
+        OptimizerConfig,
+        {**optimizer_body, **scale.optimizer, **optimizer_user},
+        "optimizer",
+    )
+    stages = _stages(values.get("stages") or file.body.get("stages"))
+    if scale.optimizer or optimizer_user:  # a stage's published optimizer gives way to the scale's and to the user's
+        fixed = {*scale.optimizer, *optimizer_user} if "stages" not in values else set(optimizer_user)
+        stages = tuple(
+            dataclasses.replace(s, optimizer={k: v for k, v in s.optimizer.items() if k not in fixed}) for s in stages
+        )
+    return _checked(
+        Recipe(
+            model=model,
+            scale=scale.name,
+            wiring=(wiring_name, wiring),
+            parts=parts,
+            objectives=objectives,
+            stages=stages,
+            optimizer=optimizer,
+        )
+    )
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    """What can be wrong between valid sections."""
+    for index, stage in enumerate(recipe.stages):
+        for name in stage.objectives:
+            if name not in recipe.objectives:
+                raise ConfigError(f"stage {stage.name!r} uses objective {name!r}{near(name, recipe.objectives)}")
+        recipe.stage_optimizer(index)
+    return recipe
+
+
+def _difference(new: dict[str, Any], chosen: dict[str, Any], published: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What a name must show: parts that are not the published ones, then single fields the user set."""
+    changed: list[tuple[str, str]] = []
+
+    def fields(prefix: str, now: Any, was: Any) -> None:
+        if isinstance(now, dict) and isinstance(was, dict):
+            for key in sorted(now):
+                fields(f"{prefix}.{key}", now[key], was.get(key))
+        elif now != was:
+            changed.append((prefix, _short(now)))
+
+    for key in SECTIONS:
+        now, chose, was = new.get(key), chosen.get(key), published.get(key)
+        if key == "stages":
+            if now != was:
+                changed.append((key, ",".join(stage["name"] for stage in now or ())))
+            continue
+        if key == "objective" and set(now or {}) != set(was or {}):
+            changed.append((key, ",".join(now or ())))
+        elif key in (*SLOTS, "wiring") and now and (was is None or now["name"] != was["name"]):
+            changed.append((key, now["name"]))
+        fields(key, now, chose)
+    return tuple(changed)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(_short(v) for v in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

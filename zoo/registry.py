@@ -1,0 +1,161 @@
+"""Names of parts: a name stands for a typed Config class, imported when it is first used, and the fields it presets.
+
+Names are strings only at the door (command line, notebook, YAML, checkpoint). Listing names imports no part and no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo.errors import ConfigError, near
+
+KINDS: dict[str, str] = {
+    "model": "a whole system: a recipe in conf/model",
+    "encoder": "turns images into tokens",
+    "text_encoder": "turns text into tokens and one vector",
+    "connector": "turns tokens into tokens the decoder can read",
+    "decoder": "turns tokens into text",
+    "objective": "a loss and what it reports",
+    "wiring": "joins parts into a model",
+    "data": "a source of samples",
+    "task": "an evaluation",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One name in a registry, as a plugin's manifest states it.
+
+    Attributes:
+        kind: One of ``KINDS``.
+        name: Lower-case, words joined by ``-``, as users write it.
+        ref: ``"package.module:ConfigClass"``; for a model, empty (its recipe is ``conf/model/NAME.yaml``).
+        preset: Values of the Config's fields under this name, e.g. a published size.
+        summary: One line for ``zoo list``.
+        extra: The extra of mmzoo (or the package) to install when an import fails.
+    """
+
+    kind: str
+    name: str
+    ref: str = ""
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    summary: str = ""
+    extra: str | None = None
+
+
+class Registry:
+    """The components of one kind, by name. Duplicates are refused, wrong names answered with near ones."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, tuple[Component, str]] = {}  # name -> component, plugin
+
+    def add(self, component: Component, plugin: str = "zoo") -> None:
+        """Register a component.
+
+        Raises:
+            ConfigError: The name is taken, malformed, or of another kind.
+        """
+        name = component.name
+        if component.kind != self.kind:
+            raise ConfigError(f"component {name!r} is of kind {component.kind!r}, expected {self.kind!r}")
+        if not name or name != name.lower() or not all(c.isalnum() or c in "-._" for c in name):
+            raise ConfigError(f"{self.kind} name {name!r} must be lower-case letters, digits, '-', '.' and '_'")
+        if name in self._entries:
+            raise ConfigError(
+                f"{self.kind} {name!r} of plugin {plugin!r} is already registered by {self.plugin(name)!r}"
+            )
+        self._entries[name] = (component, plugin)
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[Component]:
+        return (self._entries[name][0] for name in self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def get(self, name: str) -> Component:
+        """The component called ``name``.
+
+        Raises:
+            ConfigError: No such name; the message lists near ones.
+        """
+        if name not in self._entries:
+            raise ConfigError(f"unknown {self.kind.replace('_', ' ')} {name!r}{near(str(name), self._entries)}")
+        return self._entries[name][0]
+
+    def plugin(self, name: str) -> str:
+        return self._entries[name][1]
+
+    def config_class(self, name: str) -> type[Any]:
+        """Import and return the Config class behind ``name``.
+
+        Raises:
+            ConfigError: Unknown name, or the reference does not resolve.
+        """
+        component = self.get(name)
+        module, _, attribute = component.ref.partition(":")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{self.kind} {name!r} ({component.ref}) cannot be imported: {error}") from error
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            raise ConfigError(f"{self.kind} {name!r}: {component.ref} is not a dataclass")
+        return cls
+
+    def parse(
+        self,
+        name: str,
+        values: Mapping[str, Any] | None = None,
+        where: str | None = None,
+    ) -> Any:
+        """The Config of ``name``: class defaults, then the preset, then ``values``, checked against the field types.
+
+        Args:
+            where: The path to name in messages, by default the kind.
+
+        Raises:
+            ConfigError: Unknown name or field (with near names), or a value of the wrong type.
+        """
+        cls = self.config_class(name)
+        return parse(cls, {**self.get(name).preset, **(values or {})}, where or self.kind)
+
+
+def parse(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    """Make the dataclass ``cls`` from plain values, strictly typed (``"64"`` is no integer, ``1`` is a float).
+
+    Raises:
+        ConfigError: An unknown field or a wrong type, in one line, with the path of the field.
+    """
+    import pydantic
+
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where} has no field {key!r} ({cls.__name__}){near(str(key), known)}")
+    try:
+        text = json.dumps(dict(values))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} holds a value that is no plain number, text, list or mapping: {error}") from error
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join([where, *(str(p) for p in first["loc"])])
+        got = first.get("input")
+        if isinstance(first.get("ctx", {}).get("error"), Exception):
+            raise ConfigError(f"{path}: {first['ctx']['error']}") from error
+        raise ConfigError(f"{path} = {got!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The fields of a Config as JSON-like values; the inverse of ``parse``."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain

@@ -1,0 +1,1 @@
+"""Text decoding: greedy and sampled, with a key/value cache."""
