@@ -1,0 +1,1 @@
+"""Sources of samples, their fixed order, and the processors that turn samples into tensors."""

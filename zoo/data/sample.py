@@ -1,0 +1,224 @@
+"""What a source gives: samples in named splits, the same ids in the same order every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from zoo.errors import ConfigError, DataError, near
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+SPLITS = ("train", "val", "test")
+
+log = logging.getLogger("zoo.data")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item: an image with one or more texts, or either alone.
+
+    ``meta`` may hold ``turns``: a sequence of (question, answer) pairs, which the prompt processor lays out as a
+    dialogue.
+    """
+
+    id: str
+    image: Image.Image | None = None
+    texts: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Samples by id. ``ids(split)`` never changes for one ``version``; ``sample`` may raise :class:`BadSample`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def licence(self) -> str: ...
+    @property
+    def max_bad(self) -> int: ...
+    def ids(self, split: str) -> list[str]: ...
+    def sample(self, id: str) -> Sample: ...
+
+
+@runtime_checkable
+class ArraySource(Source, Protocol):
+    """A source whose images all have one size and lie ready as bytes, so that a batch is one indexing operation."""
+
+    def images(self, ids: Sequence[str]) -> NDArray[np.uint8]:
+        """Return the images of ``ids`` as ``[n, H, W, 3]``, RGB."""
+        ...
+
+    def text_sample(self, id: str) -> Sample:
+        """Return the sample without its image."""
+        ...
+
+
+class BadSample(DataError):
+    """One sample cannot be read. The reader counts it, skips it, and gives up beyond the source's ``max_bad``."""
+
+    def __init__(self, id: str, reason: str) -> None:
+        super().__init__(f"sample {id!r}: {reason}")
+        self.id = id
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
+        return BadSample, (self.id, self.reason)  # it crosses from the worker to the main process
+
+
+class BadSamples:
+    """Counts bad samples by id, logs each once, and raises when there are more than ``limit``."""
+
+    def __init__(self, source: str, limit: int) -> None:
+        self.source = source
+        self.limit = limit
+        self.reasons: dict[str, str] = {}
+
+    def add(self, id: str, reason: str) -> None:
+        """Count one bad sample.
+
+        Raises:
+            DataError: the limit is passed; the message names the first one.
+        """
+        if id in self.reasons:
+            return
+        self.reasons[id] = reason
+        log.warning("%s: skipped sample %r: %s", self.source, id, reason)
+        if len(self.reasons) > self.limit:
+            first = next(iter(self.reasons))
+            raise DataError(
+                f"{self.source}: {len(self.reasons)} samples cannot be read, more than max_bad={self.limit}; "
+                f"the first is {first!r} ({self.reasons[first]}); repair them or raise max_bad"
+            )
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Base of the configurations of sources. ``blank_images`` gives the text-only control of any source."""
+
+    kind: ClassVar[str] = ""
+    blank_images: bool = False
+
+    def build(self, image_size: int | None = None) -> Source:
+        """Open the source.
+
+        Args:
+            image_size: the size the model reads, in pixels; a source that can render at any size takes it.
+
+        Raises:
+            DataError: the source cannot be used; nothing long has been done by then.
+        """
+        source = self.open(image_size)
+        return BlankImages(source) if self.blank_images else source
+
+    def open(self, image_size: int | None) -> Source:
+        """Open the source itself, before wrapping."""
+        raise NotImplementedError
+
+
+class BlankImages:
+    """Any source with every image replaced by one colour of the same size: the control that reads only the text.
+
+    Ids, order and texts, and therefore ``version``, are those of the wrapped source; ``control`` tells the two apart.
+    """
+
+    control = True
+
+    def __init__(self, source: Source, color: tuple[int, int, int] = (255, 255, 255)) -> None:
+        self.source = source
+        self.color = color
+        if isinstance(source, ArraySource):
+            self.images = self._images
+            self.text_sample = source.text_sample
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def version(self) -> str:
+        return self.source.version
+
+    @property
+    def licence(self) -> str:
+        return self.source.licence
+
+    @property
+    def max_bad(self) -> int:
+        return self.source.max_bad
+
+    def ids(self, split: str) -> list[str]:
+        return self.source.ids(split)
+
+    def sample(self, id: str) -> Sample:
+        from PIL import Image
+
+        sample = self.source.sample(id)
+        if sample.image is None:
+            return sample
+        return Sample(sample.id, Image.new("RGB", sample.image.size, self.color), sample.texts, sample.meta)
+
+    def _images(self, ids: Sequence[str]) -> NDArray[np.uint8]:
+        import numpy as np
+
+        assert isinstance(self.source, ArraySource)
+        shape = (len(ids), *self.source.images(ids[:1]).shape[1:])
+        return np.broadcast_to(np.asarray(self.color, np.uint8), shape).copy()  # [n, H, W, 3]
+
+    def __getattr__(self, name: str) -> Any:
+        # what else the wrapped source offers (attributes, candidates, ...) stays reachable
+        if name.startswith("_") or name in ("source", "images", "text_sample"):
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+def check_split(split: str) -> None:
+    """Raise a ConfigError with near names unless ``split`` is train, val or test."""
+    if split not in SPLITS:
+        raise ConfigError(f"unknown split {split!r}{near(split, SPLITS)}")
+
+
+def read(source: Source, ids: Iterable[str]) -> Iterator[Sample]:
+    """Yield the samples of ``ids`` in order, skipping bad ones up to ``source.max_bad``.
+
+    Raises:
+        DataError: more than ``max_bad`` samples cannot be read.
+    """
+    bad = BadSamples(source.name, source.max_bad)
+    for id in ids:
+        try:
+            sample = source.sample(id)
+        except BadSample as error:
+            bad.add(error.id, error.reason)
+            continue
+        yield sample
+
+
+def stable_hash(*parts: object) -> int:
+    """Return 64 bits that depend on nothing but ``parts``: equal on every machine, process and library version."""
+    text = json.dumps([str(p) for p in parts], ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def data_hash(source: Source, split: str) -> str:
+    """Return the sha256 (hex) of what the split is: name, version, and each id in order.
+
+    ``version`` covers texts and images; a text-only control hashes like the source it blanks, as its manifest says so.
+    """
+    digest = hashlib.sha256(json.dumps([source.name, source.version, split]).encode())
+    for id in source.ids(split):
+        digest.update(id.encode() + b"\0")
+    return digest.hexdigest()
