@@ -1,7 +1,8 @@
 """What a model can do, as Protocols. Evaluation, the CLI and the notebook dispatch on these and on nothing else.
 
-All of them take sequences of PIL images (or paths) and strings, run in eval mode under ``torch.inference_mode`` in batches,
-and restore the training mode. A row of the result depends on its own inputs only, never on what shares its batch.
+All of them take sequences of PIL images (or paths) and strings, run in eval mode under ``torch.inference_mode`` in
+batches, and restore the training mode. A row of the result depends on its own inputs only, never on what shares its
+batch.
 """
 
 from __future__ import annotations

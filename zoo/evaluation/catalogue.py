@@ -1,0 +1,105 @@
+"""What each metric means: label, direction, and how it follows from the per-item scores.
+
+This module imports nothing heavy, so that reports need no torch. Every metric with an interval is a mean or a ratio
+of sums over items, named here once: the bootstrap (`zoo.compare.bootstrap`) recomputes the metric from the stored
+columns by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricInfo:
+    """One metric of one task.
+
+    Attributes:
+        label: short column heading.
+        higher_is_better: direction; ``None`` for a quantity that is only described.
+        numerator: item column that is summed; ``""`` when the metric does not follow from sums (a median).
+        denominator: item column that is summed and divided by; ``""`` divides by the number of items.
+        percent: shown times 100.
+        primary: the one metric of the task that plots and summaries show.
+        help: one line for the reader of a report.
+    """
+
+    label: str
+    higher_is_better: bool | None = True
+    numerator: str = ""
+    denominator: str = ""
+    percent: bool = False
+    primary: bool = False
+    help: str = ""
+
+
+def _recall(way: str, k: int, primary: bool = False) -> MetricInfo:
+    image_first = way == "i2t"
+    return MetricInfo(
+        label=f"{'I→T' if image_first else 'T→I'} R@{k}",
+        numerator=f"{way}_hits_{k}",
+        denominator="" if image_first else "captions",
+        percent=True,
+        primary=primary,
+        help=f"{'images that find one of their captions' if image_first else 'captions that find their image'} "
+        f"among the first {k}",
+    )
+
+
+METRICS: dict[str, dict[str, MetricInfo]] = {
+    "retrieval": {
+        **{f"i2t_r{k}": _recall("i2t", k, primary=k == 1) for k in (1, 5, 10)},
+        **{f"t2i_r{k}": _recall("t2i", k) for k in (1, 5, 10)},
+        "i2t_median_rank": MetricInfo(label="I→T median rank", higher_is_better=False, help="1 is best"),
+        "t2i_median_rank": MetricInfo(label="T→I median rank", higher_is_better=False, help="1 is best"),
+    },
+    "caption-likelihood": {
+        "bits_per_byte": MetricInfo(
+            label="bits/byte",
+            higher_is_better=False,
+            numerator="bits",
+            denominator="bytes",
+            primary=True,
+            help="negative log-likelihood of the held-out captions in bits per UTF-8 byte; "
+            "independent of the tokenizer",
+        ),
+    },
+    "naming": {
+        "top1": MetricInfo(
+            label="name top-1",
+            numerator="top1",
+            percent=True,
+            primary=True,
+            help="the true name ranks first among the candidate names",
+        ),
+        "mrr": MetricInfo(
+            label="name MRR",
+            numerator="reciprocal_rank",
+            help="mean reciprocal rank of the true name",
+        ),
+        "top1_per_byte": MetricInfo(
+            label="top-1 per byte",
+            numerator="top1_per_byte",
+            percent=True,
+            help="the same ranking by log-likelihood divided by the name's length in bytes",
+        ),
+        "exact_match": MetricInfo(
+            label="exact name",
+            numerator="exact_match",
+            percent=True,
+            help="the generated text equals the name after normalisation",
+        ),
+    },
+}
+"""Task name -> metric name -> meaning. Metrics that are only counts (items, candidates) are not listed."""
+
+
+def metric_info(task: str, metric: str) -> MetricInfo | None:
+    """Return what is known of a metric, asking the task registry for tasks of plugins; ``None`` for a plain count."""
+    if task in METRICS:
+        return METRICS[task].get(metric)
+    from zoo.evaluation.task import (
+        task_metrics,
+    )  # only here: a plugin's task may import torch
+
+    return task_metrics(task).get(metric)
