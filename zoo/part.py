@@ -1,4 +1,4 @@
-"""What every part shares: typed configuration, standard sizes, seeded construction, and the tokens that pass between parts."""
+"""What every part shares: typed configuration, standard sizes, seeded construction, and the tokens parts exchange."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 SIZE_FIELDS = frozenset(
     {
-        "width", "depth", "heads", "kv_heads", "head_dim", "ffn", "image_size", "patch_size", "vocab_size", "context_length",
-        "embed_width", "queries", "tokenizer", "latents", "stem_width", "dropout",
+        "width", "depth", "heads", "kv_heads", "head_dim", "ffn", "image_size", "patch_size", "vocab_size",
+        "context_length", "embed_width", "queries", "tokenizer", "latents", "stem_width", "dropout",
     }
 )  # fmt: skip
 """Fields that ``scale`` may set. A recipe's body may not: a published size is a preset of a part's name."""
@@ -51,7 +51,7 @@ class Features:
 
 
 def derived_seed(seed: int, path: str) -> int:
-    """A 63-bit seed for the part at ``path``: the first bytes of sha256 of ``"seed/path"``, the same on every machine."""
+    """A 63-bit seed for the part at ``path``: the first bytes of sha256 of ``"seed/path"``, equal on every machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:8], "big") >> 1
 
 
@@ -59,8 +59,8 @@ def derived_seed(seed: int, path: str) -> int:
 def seeded(seed: int, path: str) -> Iterator[None]:
     """Run a constructor on its own random stream, drawn from (seed, path), and leave the global stream as it was.
 
-    Library modules initialise from torch's global generator and take no other; forking it here is what keeps every part's
-    initial weights independent of which other parts are built.
+    Library modules initialise from torch's global generator and take no other; forking it here is what keeps every
+    part's initial weights independent of which other parts are built.
     """
     import torch
 

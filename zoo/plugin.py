@@ -7,15 +7,20 @@ A plugin's ``pyproject.toml`` says::
 
 and ``zoo_example/__init__.py``, which imports nothing heavy::
 
-    PLUGIN = Plugin(name="zoo-example", components=(Component(kind="connector", name="gated-mlp", ref="zoo_example.gated_mlp:GatedMLPConfig"),),
-                    conf="pkg://zoo_example/conf")
+    PLUGIN = Plugin(
+        name="zoo-example",
+        components=(Component(kind="connector", name="gated-mlp", ref="zoo_example.gated_mlp:GatedMLPConfig"),),
+        conf="pkg://zoo_example/conf",
+    )
 
-A plugin that cannot be imported, speaks another API or claims a taken name is reported by ``zoo doctor`` and otherwise ignored.
+A plugin that cannot be imported, speaks another API or claims a taken name is reported by ``zoo doctor`` and otherwise
+ignored.
 """
 
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -85,8 +90,9 @@ def _add(
     registries: dict[str, Registry],
     recipes: dict[str, Path],
     folder: Path | None,
+    folders: Sequence[Path] = (),
 ) -> None:
-    """Add a plugin whole or not at all."""
+    """Add a plugin whole or not at all; ``folders`` are of the plugins before it, whose files it may not replace."""
     files = sorted((folder / "model").glob("*.yaml")) if folder else []
     summaries = {c.name: c for c in plugin.components if c.kind == "model"}
     models = [summaries.get(f.stem, Component(kind="model", name=f.stem, summary=_summary(f))) for f in files]
@@ -106,6 +112,10 @@ def _add(
             )
         Registry(component.kind).add(component)
         seen.add((component.kind, component.name))
+    for file in sorted(folder.rglob("*.yaml")) if folder else []:
+        name = file.relative_to(folder) if folder else file
+        if any((other / name).is_file() for other in folders):
+            raise ConfigError(f"plugin {plugin.name!r}: {name.as_posix()} is already there: rename its file")
     for component in everything:
         registries[component.kind].add(component, plugin.name)
     recipes.update({f.stem: f for f in files})
@@ -143,8 +153,8 @@ def catalogue() -> Catalogue:
                     f"it speaks plugin API {plugin.api}, this zoo speaks {API}: update the older of the two"
                 )
             folder = plugin.conf_dir()
-            _add(plugin, registries, recipes, folder)
-        except Exception as error:  # whatever a foreign package raises must not take the zoo with it
+            _add(plugin, registries, recipes, folder, folders)
+        except (Exception, SystemExit) as error:  # whatever a foreign package raises must not take the zoo with it
             text = " ".join(str(error).split()) or "no message"
             broken.append(
                 Broken(

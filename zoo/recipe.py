@@ -1,7 +1,7 @@
 """Recipes: what a model is made of, as one typed value that the command line, notebooks and checkpoints share.
 
-A recipe is resolved in one order, whichever door it comes through: class defaults, the preset of the part's name, the body of
-``conf/model/NAME.yaml``, the scale, and last what the user wrote.
+A recipe is resolved in one order, whichever door it comes through: class defaults, the preset of the part's name, the
+body of ``conf/model/NAME.yaml``, the scale, and last what the user wrote.
 """
 
 from __future__ import annotations
@@ -9,19 +9,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from zoo.errors import ConfigError, near
-from zoo.part import SIZE_FIELDS, PartConfig
+from zoo.part import PartConfig
 from zoo.plugin import catalogue
+from zoo.recipe_files import SECTIONS, SLOTS, RecipeFile, Scale, read_recipe, read_scale, scales
 from zoo.registry import KINDS, parse, to_plain
 
-SLOTS = ("encoder", "text_encoder", "connector", "decoder")
-"""The part kinds a recipe may fill, each a Hydra group of the same name."""
-
-SECTIONS = (*SLOTS, "objective", "wiring", "stages", "optimizer")
-"""Top-level keys of a composed configuration that belong to the recipe."""
+__all__ = [
+    "JOINT",
+    "SECTIONS",
+    "SLOTS",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "Recipe",
+    "RecipeFile",
+    "Scale",
+    "Stage",
+    "WiringConfig",
+    "merge",
+    "read_recipe",
+    "read_scale",
+    "resolve",
+    "scales",
+    "split_changes",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +89,7 @@ class Stage(PartConfig):
     """One stretch of training.
 
     Attributes:
-        train: Paths of what learns: slots (``connector``), or modules inside (``decoder.lm_head``); ``"*"`` is everything.
+        train: Paths of what learns: slots (``connector``), or modules inside (``decoder.lm_head``); ``"*"`` is all.
         freeze: Paths inside ``train`` that stay fixed all the same.
         objectives: Names of the recipe's objectives this stage uses; empty = all.
         share: Part of the run's budget, relative to the other stages.
@@ -105,7 +118,8 @@ class Recipe:
         wiring: (registry name, config) of the wiring.
         parts: Slot -> (registry name, config), in the wiring's order.
         objectives: Registry name -> config.
-        changed: What differs from the recipe as published at this scale, ``("connector", "mlp")`` or ``("encoder.width", "96")``.
+        changed: What differs from the recipe as published at this scale, ``("connector", "mlp")`` or
+            ``("encoder.width", "96")``.
     """
 
     model: str
@@ -133,7 +147,7 @@ class Recipe:
         return config
 
     def to_plain(self) -> dict[str, Any]:
-        """JSON-like form, the content of recipe.json: every field written out, so a changed default changes no checkpoint."""
+        """JSON-like form, the content of recipe.json: every field written out: a new default changes no checkpoint."""
         return {
             "format": 1,
             "model": self.model,
@@ -161,21 +175,27 @@ class Recipe:
         if unknown:
             key = sorted(unknown)[0]
             raise ConfigError(f"recipe has an unknown key {key!r}{near(key, SECTIONS)}")
-        wiring_name, wiring = _named("wiring", plain["wiring"])
-        parts = {slot: _named(slot, plain[slot]) for slot in wiring.slots if plain.get(slot) is not None}
+        whole = parse(_Plain, {key: value for key, value in plain.items() if key != "format"}, "recipe")
+        wiring_name, wiring = _named("wiring", whole.wiring)
+        given = {slot: getattr(whole, slot) for slot in SLOTS if getattr(whole, slot) is not None}
+        if set(given) != set(wiring.slots):
+            raise ConfigError(
+                f"recipe has the parts {', '.join(given) or 'none'}, but its wiring {wiring_name!r} joins"
+                f" {', '.join(wiring.slots)}"
+            )
         return _checked(
             Recipe(
-                model=plain["model"],
-                scale=plain["scale"],
+                model=whole.model,
+                scale=whole.scale,
                 wiring=(wiring_name, wiring),
-                parts=parts,
+                parts={slot: _named(slot, given[slot]) for slot in wiring.slots},
                 objectives={
                     name: catalogue()["objective"].parse(name, values, f"objective.{name}")
-                    for name, values in plain["objective"].items()
+                    for name, values in whole.objective.items()
                 },
-                stages=_stages(plain["stages"]),
-                optimizer=parse(OptimizerConfig, plain["optimizer"], "optimizer"),
-                changed=tuple((str(k), str(v)) for k, v in plain["changed"]),
+                stages=_stages(whole.stages),
+                optimizer=parse(OptimizerConfig, whole.optimizer, "optimizer"),
+                changed=tuple((key, value) for key, value in whole.changed),
             )
         )
 
@@ -185,10 +205,10 @@ class Recipe:
         Raises:
             ConfigError: As ``resolve``.
         """
-        plain = self.to_plain()
-        base: dict[str, Any] = {key: plain[key] for key in SECTIONS if key in plain}
-        choices = {key: base[key].pop("name") for key in (*SLOTS, "wiring") if key in base}
-        choices["objective"] = list(base["objective"])
+        choices: dict[str, Any] = {slot: name for slot, (name, _) in self.parts.items()}
+        choices["wiring"], choices["objective"] = self.wiring[0], list(self.objectives)
+        # Only what differs from the recipe's own values is the user's; the rest follows a new scale.
+        base = _over(self.to_plain(), resolve(self.model, choices=choices, scale=self.scale).to_plain())
         new_choices, new_values = split_changes(changes)
         for kind, choice in new_choices.items():
             if choice != choices.get(kind):
@@ -202,96 +222,47 @@ class Recipe:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plain:
+    """The shape of recipe.json, whose sections are then parsed by their own names."""
+
+    model: str
+    scale: str
+    wiring: dict[str, Any]
+    encoder: dict[str, Any] | None = None
+    text_encoder: dict[str, Any] | None = None
+    connector: dict[str, Any] | None = None
+    decoder: dict[str, Any] | None = None
+    objective: dict[str, dict[str, Any]]
+    stages: list[dict[str, Any]]
+    optimizer: dict[str, Any]
+    changed: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _over(new: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections and fields of ``new`` that ``base`` has otherwise; merged over ``base`` they give ``new``."""
+    out: dict[str, Any] = {}
+    for key, value in new.items():
+        if key not in SECTIONS or value == base.get(key):
+            continue
+        if key == "stages":
+            out[key] = value
+            continue
+        was = base.get(key) or {}
+        for name, now in value.items():
+            if key == "objective":
+                now = {k: v for k, v in now.items() if v != (was.get(name) or {}).get(k)}
+            if now != was.get(name) and now != {}:
+                out.setdefault(key, {})[name] = now
+    return out
+
+
 def _named(kind: str, plain: Mapping[str, Any]) -> tuple[str, Any]:
     values = dict(plain)
     name = values.pop("name", None)
     if name is None:
         raise ConfigError(f"{kind} needs a 'name'; known: {', '.join(catalogue()[kind].names())}")
     return name, catalogue()[kind].parse(name, values, kind)
-
-
-@dataclass(frozen=True)
-class RecipeFile:
-    """``conf/model/NAME.yaml`` as it stands: the options it picks, and the fields it sets."""
-
-    choices: dict[str, Any]
-    body: dict[str, Any]
-
-
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path.name} is not valid YAML: {error}") from error
-
-
-def read_recipe(model: str) -> RecipeFile:
-    """Read a recipe file: ``override /GROUP: OPTION`` defaults, then fields.
-
-    Raises:
-        ConfigError: Unknown model, or a file outside this grammar (Hydra would accept more; notebooks read the same files without it).
-    """
-    catalogue()["model"].get(model)
-    path = catalogue().recipes[model]
-    content = _yaml(path)
-    if not isinstance(content, dict):
-        raise ConfigError(f"recipe {path.name} is empty, expected defaults and fields")
-    choices: dict[str, Any] = {}
-    for item in content.pop("defaults", []):
-        if item == "_self_":
-            continue
-        key = next(iter(item), "") if isinstance(item, dict) and len(item) == 1 else ""
-        group = key.removeprefix("override /")
-        if not key.startswith("override /") or group not in (*SLOTS, "objective"):
-            raise ConfigError(f"recipe {path.name}: defaults may only hold 'override /GROUP: OPTION', not {item!r}")
-        choices[group] = item[key]
-    for key, value in content.items():
-        if key not in SECTIONS:
-            raise ConfigError(f"recipe {path.name} has an unknown key {key!r}{near(str(key), SECTIONS)}")
-        sizes = SIZE_FIELDS & set(value) if isinstance(value, dict) else set()
-        if sizes:
-            raise ConfigError(
-                f"recipe {path.name} sets {key}.{sorted(sizes)[0]}: sizes belong to the preset of a part's name"
-            )
-    return RecipeFile(choices, content)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """``conf/scale/NAME.yaml``.
-
-    Attributes:
-        sizes: Standard size field -> value, for every part that has the field.
-        optimizer: Optimizer fields that suit the size.
-        batch_size: Samples a step, unless the run says otherwise; 0 = no opinion.
-    """
-
-    name: str
-    sizes: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 0
-
-
-def scales() -> dict[str, Path]:
-    return {path.stem: path for folder in catalogue().conf_dirs for path in sorted((folder / "scale").glob("*.yaml"))}
-
-
-def read_scale(name: str) -> Scale:
-    """Read a scale.
-
-    Raises:
-        ConfigError: No such scale, or it sets what is no standard size field.
-    """
-    known = scales()
-    if name not in known:
-        raise ConfigError(f"unknown scale {name!r}{near(name, known)}")
-    scale: Scale = parse(Scale, {"name": name, **(_yaml(known[name]) or {})}, f"scale {name}")
-    for key in scale.sizes:
-        if key not in SIZE_FIELDS:
-            raise ConfigError(f"scale {name!r} sets {key!r}, which is no standard size field{near(key, SIZE_FIELDS)}")
-    return scale
 
 
 def _stages(values: Any) -> tuple[Stage, ...]:

@@ -1,6 +1,6 @@
 """Names of parts: a name stands for a typed Config class, imported when it is first used, and the fields it presets.
 
-Names are strings only at the door (command line, notebook, YAML, checkpoint). Listing names imports no part and no torch.
+Names are strings only at the door (command line, notebook, YAML, checkpoint). Listing names imports no part, no torch.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoo.errors import ConfigError, near
+from zoo.errors import ConfigError, MissingExtra, near
 
 KINDS: dict[str, str] = {
     "model": "a whole system: a recipe in conf/model",
@@ -25,6 +26,8 @@ KINDS: dict[str, str] = {
     "data": "a source of samples",
     "task": "an evaluation",
 }
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class Registry:
         name = component.name
         if component.kind != self.kind:
             raise ConfigError(f"component {name!r} is of kind {component.kind!r}, expected {self.kind!r}")
-        if not name or name != name.lower() or not all(c.isalnum() or c in "-._" for c in name):
+        if not _NAME.fullmatch(name):
             raise ConfigError(f"{self.kind} name {name!r} must be lower-case letters, digits, '-', '.' and '_'")
         if name in self._entries:
             raise ConfigError(
@@ -99,12 +102,17 @@ class Registry:
 
         Raises:
             ConfigError: Unknown name, or the reference does not resolve.
+            MissingExtra: The module needs a package that is not installed; the component says which extra brings it.
         """
         component = self.get(name)
         module, _, attribute = component.ref.partition(":")
+        if not module or not attribute:
+            raise ConfigError(f"{self.kind} {name!r} has no Config class: its ref is {component.ref!r}")
         try:
             cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a plugin's module may raise anything
+            if isinstance(error, ModuleNotFoundError) and error.name and component.extra:
+                raise MissingExtra(error.name, component.extra, f"{self.kind} {name!r}") from error
             raise ConfigError(f"{self.kind} {name!r} ({component.ref}) cannot be imported: {error}") from error
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise ConfigError(f"{self.kind} {name!r}: {component.ref} is not a dataclass")
