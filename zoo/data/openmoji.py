@@ -10,19 +10,16 @@ import importlib.metadata
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zoo.data.sample import Sample, SourceConfig, check_split, log, stable_hash
 from zoo.errors import ConfigError, DataError, MissingExtra, near
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 DEFAULT_SIZE = 64
 TEST_ICONS, VAL_ICONS = 400, 200
@@ -38,13 +35,6 @@ _SIGN = {"2640": "woman", "2642": "man"}  # last code point of an activity
 _JOINER, _FACING_RIGHT, _VARIATION = "200D", "27A1", "FE0F"
 # code points that make a joined sequence a group of people, whose genders and tones are not one value each
 _GROUP = {*_PERSON, "1F466", "1F467", "1F91D", "2764", "1F9D2"}
-
-
-class Candidates(NamedTuple):
-    """Names to rank for one icon, in a fixed shuffled order; ``texts[answer]`` is the right one."""
-
-    texts: tuple[str, ...]
-    answer: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,22 +108,8 @@ class OpenMoji:
         return dict(self._attributes.get(id, {}))
 
     def names(self, split: str) -> list[str]:
-        """Return the texts of a split in the order of ``ids(split)``."""
-        return [self.text(id) for id in self.ids(split)]
-
-    def candidates(self, id: str, split: str = "test", count: int = 100) -> Candidates:
-        """Return ``count`` texts of the split, one of them that of ``id``: the same for every model, seed and run.
-
-        Raises:
-            ConfigError: the split has fewer than ``count`` icons.
-        """
-        self._check(id)
-        others = [o for o in self.ids(split) if o != id]
-        if not 2 <= count <= len(others) + 1:
-            raise ConfigError(f"cannot rank {count} names: the {split} split has {len(others)} other icons")
-        chosen = sorted(others, key=lambda o: stable_hash("candidate", id, o))[: count - 1]
-        shuffled = sorted([id, *chosen], key=lambda o: stable_hash("place", id, o))
-        return Candidates(tuple(self.text(o) for o in shuffled), shuffled.index(id))
+        """Return the names of a split in the order of ``ids(split)``; all names are distinct."""
+        return [self._names[id] for id in self.ids(split)]
 
     # -- samples ---------------------------------------------------------------------------------------
 
@@ -143,16 +119,20 @@ class OpenMoji:
         return self.config.caption.replace("{name}", self._names[id])
 
     def text_sample(self, id: str) -> Sample:
-        """Return the sample without its image."""
-        return Sample(id, None, (self.text(id),), self.attributes(id))
+        """Return the sample without its image; ``meta`` holds name, attributes and, as ``cluster``, the role.
+
+        Variants of one role are near copies of each other, so statistics must resample them together.
+        """
+        found = self.attributes(id)
+        meta = {"name": self._names[id], **found, "cluster": found.get("role", id)}
+        return Sample(id, None, (self.text(id),), meta)
 
     def sample(self, id: str) -> Sample:
-        """Return the icon on white at ``size`` pixels, with its caption; ``meta`` holds its attributes."""
+        """Return the icon on white at ``size`` pixels with its caption."""
         from PIL import Image
 
-        self._check(id)
-        image: Image.Image = Image.fromarray(np.asarray(self.pixels[self._row[id]]))
-        return Sample(id, image, (self.text(id),), self.attributes(id))
+        sample = self.text_sample(id)
+        return replace(sample, image=Image.fromarray(np.asarray(self.pixels[self._row[id]])))
 
     def images(self, ids: Sequence[str]) -> NDArray[np.uint8]:
         """Return the icons ``[n, size, size, 3]``, RGB."""

@@ -1,0 +1,34 @@
+"""Reading one image file that may be damaged or hostile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zoo.data.sample import BadSample
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def decode(path: Path, id: str, max_pixels: int) -> Image.Image:
+    """Read an image as RGB, refusing a decompression bomb by the size in its header.
+
+    Raises:
+        BadSample: the file is no image, is cut short, or has more than ``max_pixels`` pixels.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > max_pixels:
+                raise BadSample(
+                    id, f"{image.width}x{image.height} pixels are more than max_pixels={max_pixels}; refused"
+                )
+            return image.convert("RGB")
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample(id, f"refused: {error}") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+        raise BadSample(id, f"the image cannot be read ({error})".replace(str(path), path.name)) from None

@@ -1,0 +1,211 @@
+"""Step batches in a fixed order, whatever the workers, ranks and resumes."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from zoo.data.order import Draw, Order, share
+from zoo.data.processor import Processor
+from zoo.data.sample import ArraySource, BadSample, BadSamples, Sample, Source
+from zoo.errors import ConfigError, DataError, ZooError
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class _Step:
+    """What a worker sends: a batch or the error that ended it, and the bad samples met on the way."""
+
+    batch: Batch | None
+    error: ZooError | None
+    bad: tuple[tuple[str, str], ...]
+
+
+class StepDataset(Dataset[_Step]):
+    """The batch of a step is a pure function of the step, so that any worker may make any of them."""
+
+    def __init__(
+        self,
+        source: Source,
+        processor: Processor,
+        order: Order,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        train: bool,
+    ) -> None:
+        self.source = source
+        self.processor = processor
+        self.order = order
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.train = train
+
+    def __getitem__(self, step: int) -> _Step:
+        bad: dict[str, str] = {}
+        try:
+            batch = self._batch(step, bad)
+        except ZooError as error:  # as a value: a raised one would arrive as a traceback
+            return _Step(None, error, tuple(bad.items()))
+        return _Step(batch, None, tuple(bad.items()))
+
+    def _batch(self, step: int, bad: dict[str, str]) -> Batch:
+        start, stop = share(step, self.batch_size, self.rank, self.world_size)
+        places = self.order.slice(start, stop)
+        ids, draws = [p.id for p in places], [p.draw for p in places]
+        if isinstance(self.source, ArraySource):
+            samples = [self.source.text_sample(id) for id in ids]
+            return self.processor(samples, self.train, draws, self.source.images(ids))
+        return self.processor([self._good(place, start + i, bad) for i, place in enumerate(places)], self.train, draws)
+
+    def _good(self, place: Draw, position: int, bad: dict[str, str]) -> Sample:
+        """Return the sample of a place, or of the same place in the next steps until one can be read.
+
+        Steps, not the neighbouring places: those are in this batch already, and a contrastive loss must not see a pair
+        twice. The rule depends on the order and on what is damaged, so every worker and every resume follows it alike.
+        """
+        for _ in range(self.source.max_bad + 2):
+            if place.id not in bad:
+                try:
+                    return self.source.sample(place.id)
+                except BadSample as error:
+                    bad[error.id] = error.reason
+            position += self.batch_size
+            place = self.order.slice(position, position + 1)[0]
+        raise DataError(
+            f"{self.source.name}: no readable sample found in place of {place.id!r}; the last reason was "
+            f"{bad.get(place.id, next(iter(bad.values()), 'unknown'))}"
+        )
+
+
+class _Steps(Sampler[int]):
+    def __init__(self, start: int, stop: int | None) -> None:
+        self.start = start
+        self.stop = stop
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start
+        while self.stop is None or step < self.stop:
+            yield step
+            step += 1
+
+
+class StepLoader(DataLoader[Any]):
+    """A DataLoader over steps; ``bad`` counts the samples that were skipped, by id."""
+
+    bad: BadSamples
+
+    def __iter__(self) -> Any:
+        steps: Iterator[_Step] = super().__iter__()
+        return self._checked(_ahead(steps) if self.num_workers == 0 and self.ahead else steps)
+
+    ahead: bool = False
+
+    def _checked(self, steps: Iterator[_Step]) -> Iterator[Batch]:
+        for step in steps:
+            for id, reason in step.bad:
+                self.bad.add(id, reason)
+            if step.error is not None:
+                raise step.error
+            assert step.batch is not None
+            yield step.batch
+
+
+def loader(
+    source: Source,
+    processor: Processor,
+    order: Order,
+    batch_size: int,
+    *,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    train: bool = True,
+    pin_memory: bool = False,
+    ahead: bool = False,
+) -> StepLoader:
+    """Return the batches of steps ``start_step`` to ``stop_step`` (None: without end) for one rank.
+
+    A resume at step s with ``start_step=s`` continues as if never interrupted.
+
+    Args:
+        batch_size: of all ranks together.
+        workers: processes that prepare batches; 0 prepares them in this one.
+        train: augment, and draw one of several captions; False is as in evaluation.
+        ahead: with no workers, prepare the next batch in a thread.
+
+    Raises:
+        ConfigError: the batch cannot be shared by the ranks.
+        DataError: (on iteration) more samples than ``source.max_bad`` cannot be read.
+    """
+    share(start_step, batch_size, rank, world_size)
+    if start_step < 0 or workers < 0:
+        raise ConfigError(f"start_step={start_step} and workers={workers} must not be negative")
+    prepare = getattr(source, "prepare", None)
+    if callable(prepare):
+        prepare()
+    if workers:
+        # forked workers use the tokenizer of their parent; its own threads would not survive the fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    made = StepLoader(
+        StepDataset(source, processor, order, batch_size, rank, world_size, train),
+        batch_size=None,
+        sampler=_Steps(start_step, stop_step),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+    )
+    made.bad = BadSamples(source.name, source.max_bad)
+    made.ahead = ahead
+    return made
+
+
+def _ahead(steps: Iterator[_Step], depth: int = 2) -> Iterator[_Step]:
+    """Run ``steps`` in a thread, at most ``depth`` batches ahead."""
+    ready: queue.Queue[_Step | BaseException | None] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: _Step | BaseException | None) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for step in steps:
+                if not put(step):
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="zoo-data", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join(timeout=5)
+
+
+def to_device(batch: Mapping[str, Tensor], device: Any) -> Batch:
+    """Return the batch on ``device``."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
