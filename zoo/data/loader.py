@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +104,7 @@ class StepLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         steps: Iterator[_Step] = super().__iter__()
-        return self._checked(_ahead(steps) if self.num_workers == 0 and self.ahead else steps)
-
-    ahead: bool = False
+        return self._checked(steps)
 
     def _checked(self, steps: Iterator[_Step]) -> Iterator[Batch]:
         for step in steps:
@@ -133,7 +129,6 @@ def loader(
     workers: int = 0,
     train: bool = True,
     pin_memory: bool = False,
-    ahead: bool = False,
 ) -> StepLoader:
     """Return the batches of steps ``start_step`` to ``stop_step`` (None: without end) for one rank.
 
@@ -143,7 +138,6 @@ def loader(
         batch_size: of all ranks together.
         workers: processes that prepare batches; 0 prepares them in this one.
         train: augment, and draw one of several captions; False is as in evaluation.
-        ahead: with no workers, prepare the next batch in a thread.
 
     Raises:
         ConfigError: the batch cannot be shared by the ranks.
@@ -167,43 +161,7 @@ def loader(
         pin_memory=pin_memory,
     )
     made.bad = BadSamples(source.name, source.max_bad)
-    made.ahead = ahead
     return made
-
-
-def _ahead(steps: Iterator[_Step], depth: int = 2) -> Iterator[_Step]:
-    """Run ``steps`` in a thread, at most ``depth`` batches ahead."""
-    ready: queue.Queue[_Step | BaseException | None] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: _Step | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for step in steps:
-                if not put(step):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="zoo-data", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join(timeout=5)
 
 
 def to_device(batch: Mapping[str, Tensor], device: Any) -> Batch:

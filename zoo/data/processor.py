@@ -76,7 +76,7 @@ class _Base:
     ) -> Tensor:
         keys = [(self.seed, s.id, d) for s, d in zip(samples, draws, strict=True)] if train else None
         if pixels is not None:
-            if self.transform.takes_arrays(*pixels.shape[1:3], train):
+            if self.transform.takes_arrays(pixels.shape[1], pixels.shape[2], train):
                 return self.transform.from_array(pixels, keys)
             from PIL import Image
 
@@ -176,8 +176,8 @@ class PromptProcessor(_Base):
     Args:
         layout: a template or its name.
         image_tokens: slots of one image.
-        image_token_id: the placeholder; by default the tokenizer's. It may lie outside the vocabulary, as the model replaces
-            the embedding of every slot.
+        image_token_id: the placeholder; by default the tokenizer's. It may lie outside the vocabulary, as the model
+            replaces the embedding of every slot.
         max_length: rows are cut to this after the image is expanded; None never cuts.
         padding: side of the pads in training and scoring rows; prompts to be continued are padded on the left.
         prompt: the question where a sample or a call gives none.
@@ -261,11 +261,11 @@ class PromptProcessor(_Base):
         rows = [self._cached(tuple(d), int(i)) for d, i in zip(dialogues, shown, strict=True)]
         return {
             **self._pad([r[0] for r in rows], [r[1] for r in rows], self.padding),
-            "text_bytes": torch.tensor([sum(len((a or "").encode()) for _, a in d) for d in dialogues]),
+            "text_bytes": torch.tensor([sum(len((answer or "").encode()) for _, answer in d) for d in dialogues]),
         }
 
     def encode_texts(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Return rows of one answer each, as ``encode_rows``: what ``score_text`` sums over is where labels are not -100."""
+        """Return ``encode_rows`` of one answer each; ``score_text`` sums over the places where labels are not -100."""
         questions = prompts if prompts is not None else [self.prompt] * len(texts)
         return self.encode_rows([((q, t),) for q, t in zip(questions, texts, strict=True)])
 
@@ -282,8 +282,8 @@ class PromptProcessor(_Base):
         if self.max_length is not None and len(ids) > self.max_length:
             if self.image_token_id in ids[self.max_length :]:
                 raise DataError(
-                    f"max_length={self.max_length} cuts into the {self.image_tokens} slots of the image; raise it to more "
-                    f"than {len(ids) - ids[::-1].index(self.image_token_id)}"
+                    f"max_length={self.max_length} cuts into the {self.image_tokens} slots of the image; raise it "
+                    f"to more than {len(ids) - ids[::-1].index(self.image_token_id)}"
                 )
             ids, labels = ids[: self.max_length], labels[: self.max_length]
         return ids, labels

@@ -156,7 +156,7 @@ class OpenMojiBpeConfig(TokenizerConfig):
 class ClipTokenizer(BpeTokenizer):
     """CLIP's lower-cased BPE: 49,408 tokens, a word ends in ``</w>``, texts are repaired by ftfy and unescaped twice.
 
-    Equal to ``open_clip.SimpleTokenizer`` but for the spellings of its two special tokens inside a text, which stay text.
+    Equal to ``open_clip.SimpleTokenizer`` but for the spellings of its special tokens inside a text, which stay text.
     """
 
     def clean(self, text: str) -> str:
@@ -168,7 +168,7 @@ class ClipTokenizer(BpeTokenizer):
         return " ".join(text.split()).lower()
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        raise ConfigError("the tokenizer clip-bpe rewrites its text, so it cannot feed a language model; use another")
+        raise ConfigError("clip-bpe rewrites its text, so it cannot feed a language model; use another tokenizer")
 
     def decode(self, ids: Sequence[int]) -> str:
         return super().decode(ids).strip()
