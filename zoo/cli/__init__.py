@@ -1,0 +1,55 @@
+"""The ``zoo`` command. Each sub-command is one file; this one only finds it, so that ``zoo list`` imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "list": ("zoo.cli.list", "names of models, parts, datasets and tasks"),
+    "show": ("zoo.cli.show", "what a model is made of: parts, parameters, FLOPs, attention layout"),
+    "train": ("zoo.cli.train", "train and evaluate: zoo train model=clip scale=tiny (-m sweeps)"),
+    "eval": ("zoo.cli.eval", "evaluate a finished run or a checkpoint"),
+    "generate": ("zoo.cli.generate", "text for images from a run or a checkpoint"),
+    "report": ("zoo.cli.report", "leaderboard and one HTML page over runs"),
+    "demo": ("zoo.cli.demo", "CLIP and three connectors compared on real images, in minutes on a CPU"),
+    "doctor": ("zoo.cli.doctor", "versions, devices, plugins, and what is wrong with them"),
+    "plugin": ("zoo.cli.plugin", "write the skeleton of a plugin: zoo plugin new NAME"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: zoo COMMAND ...\n\n" + "\n".join(lines) + "\n\nzoo COMMAND --help tells more."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors of the input are one line on stderr and status 2."""
+    import importlib
+
+    from zoo import __version__
+    from zoo.errors import ConfigError, ZooError, near
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"zoo {__version__}")
+        return 0
+    name = arguments.pop(0)
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(f"unknown command {name!r}{near(name, COMMANDS)}")
+        status: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
+        return status
+    except ZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `zoo list | head`
+        sys.stderr.close()
+        return 0

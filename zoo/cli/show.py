@@ -1,0 +1,87 @@
+"""zoo show: what a model resolves to, before anything is built or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zoo.errors import ConfigError
+
+USAGE = """usage: zoo show NAME [KEY=VALUE ...] [--fields]
+
+  zoo show blip2-opt                       parts, parameters, frozen or trained, FLOPs, attention layout
+  zoo show llava connector=qformer scale=tiny
+  zoo show qformer                         a part: its fields, their defaults, what they mean
+  --fields                                 every field of every part of the model, as KEY=VALUE can set it"""
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or "-h" in argv or "--help" in argv:
+        print(USAGE)
+        return 0
+    from zoo.errors import near
+    from zoo.plugin import catalogue
+    from zoo.registry import KINDS
+
+    names = [a for a in argv if "=" not in a and not a.startswith("-")]
+    overrides = [a for a in argv if "=" in a]
+    unknown = [a for a in argv if a.startswith("-") and a != "--fields"]
+    if unknown or len(names) != 1:
+        raise ConfigError(
+            f"zoo show takes one NAME, KEY=VALUE and --fields, not {' '.join(unknown or names) or 'nothing'}"
+        )
+    name = names[0]
+    if name in catalogue()["model"]:
+        return show_model(name, overrides, "--fields" in argv)
+    kinds = [kind for kind in KINDS if kind != "model" and name in catalogue()[kind]]
+    if not kinds:
+        known = [n for kind in KINDS for n in catalogue()[kind].names()]
+        raise ConfigError(f"unknown model or part {name!r}{near(name, known)}")
+    for kind in kinds:
+        show_part(kind, name)
+    return 0
+
+
+def show_model(name: str, overrides: Sequence[str], fields: bool) -> int:
+    import yaml
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    from zoo.cli.overrides import composed, prepare, to_recipe, written_keys
+    from zoo.compare.wiring import wiring_text
+
+    plain, choices = composed(prepare([f"model={name}", *overrides]))
+    recipe = to_recipe(plain, choices, written_keys(overrides))
+    if fields:
+        text = yaml.safe_dump(recipe.to_plain(), sort_keys=False, allow_unicode=True)
+        Console().print(Syntax(text, "yaml", background_color="default"))
+        return 0
+    console = Console()
+    with console.status(f"building {recipe.name} on the meta device"):
+        text = wiring_text(recipe)
+    console.print(text, markup=False, highlight=False)
+    return 0
+
+
+def show_part(kind: str, name: str) -> None:
+    import dataclasses
+    import inspect
+
+    from rich.console import Console
+
+    from zoo.plugin import catalogue
+
+    component = catalogue()[kind].get(name)
+    cls = catalogue()[kind].config_class(name)
+    console = Console()
+    console.print(
+        f"[bold]{name}[/bold]  {kind}, from {catalogue()[kind].plugin(name)}: {component.summary}", highlight=False
+    )
+    console.print(inspect.cleandoc(cls.__doc__ or ""), markup=False, highlight=False)
+    for field in dataclasses.fields(cls):
+        default = None
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        preset = component.preset.get(field.name, default)
+        console.print(f"  {kind}.{field.name} = {preset!r}  ({field.type})", markup=False, highlight=False)

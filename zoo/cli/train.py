@@ -1,0 +1,193 @@
+"""zoo train: Hydra composes and sweeps, each job becomes a run directory, and ``zoo.train`` (or a worker a device) runs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ConfigError, RunError, ZooError
+from zoo.run_config import RunConfig
+
+USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
+
+  model=llava connector=mlp scale=tiny        choose parts by name (zoo list connector)
+  encoder.width=96 optimizer.lr=3e-4          set fields (zoo show NAME lists them)
+  connector=linear,mlp,qformer seed=0,1 -m    sweep: every combination is a run
+  stages=joint                                train every part at once, from scratch
+  budget.value=500 batch_size=64              how long (budget.unit=steps or samples), samples a step
+  trainer.devices=2 trainer.precision=bf16    how to run
+  data=folder data.root=PATH                  your own images and captions
+  out=FOLDER                                  where run directories go (default: outputs)
+
+The same command goes on where an interrupted one stopped. --dry-run prints the resolved runs and stops."""
+
+
+@dataclass
+class Outcome:
+    """How one job of a command ended."""
+
+    folder: Path
+    status: str
+    error: str | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; returns 0 when all runs are done, 2 when one failed for a reason named in one line, 130 when interrupted."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(USAGE)
+        return 0
+    outcomes = train(argv)
+    failed = [o for o in outcomes if o.status == "failed"]
+    if len(outcomes) > 1:
+        print(f"{sum(o.status == 'done' for o in outcomes)} of {len(outcomes)} runs are done")
+        for outcome in failed:
+            print(f"error: {outcome.folder}: {outcome.error}", file=sys.stderr)
+    if any(o.status == "interrupted" for o in outcomes):
+        return 130
+    return 2 if failed else 0
+
+
+def train(argv: Sequence[str]) -> list[Outcome]:
+    """Run one or more jobs, given as on the command line.
+
+    Raises:
+        ZooError: Any job of the command is wrong (found before the first one starts), or the only job failed.
+    """
+    from zoo.cli.overrides import composed, expand, is_sweep, prepare, to_run, written_keys
+
+    flags = {"-m", "--multirun", "--dry-run"}
+    unknown = [a for a in argv if a.startswith("-") and a not in flags]
+    if unknown:
+        raise ConfigError(f"unknown option {unknown[0]!r}: zoo train takes KEY=VALUE, -m and --dry-run")
+    overrides = [a for a in argv if a not in flags]
+    multirun = "-m" in argv or "--multirun" in argv
+    prepared = prepare(overrides)
+    if is_sweep(overrides) and not multirun:
+        raise ConfigError("several values for one key are a sweep: add -m")
+    jobs = list(expand(prepared)) if multirun else [prepared]
+    configs: dict[Path, RunConfig] = {}
+    for job in jobs:  # everything that can be wrong is found before the first run starts
+        plain, choices = composed(job)
+        config = to_run(plain, choices, written_keys(overrides))
+        check_offline(config)
+        configs[config.directory(str(plain["out"]))] = config
+    if "--dry-run" in argv:
+        show(configs)
+        return []
+    for folder, config in configs.items():
+        prepare_folder(folder, config)
+    return launch(prepared, multirun, written_keys(overrides), len(configs))
+
+
+def check_offline(config: RunConfig) -> None:
+    """What a run needs from outside and can be checked at once: its data."""
+    from zoo.plugin import catalogue
+
+    values = {k: v for k, v in config.data.items() if k != "name"}
+    image_size = getattr(config.recipe.parts.get("encoder", (None, None))[1], "image_size", None)
+    source = catalogue()["data"].parse(config.data["name"], values, "data").build(image_size)
+    for split in ("train", config.evaluation.split):
+        if not source.ids(split):
+            raise ConfigError(f"data {config.data['name']!r} has no samples in its {split} split")
+
+
+def prepare_folder(folder: Path, config: RunConfig) -> None:
+    """Make the run directory and write run.yaml, or find that it is there already.
+
+    Raises:
+        RunError: The folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write(folder / "run.yaml.partial")
+        (folder / "run.yaml.partial").replace(folder / "run.yaml")
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}; choose another folder with out=FOLDER") from error
+
+
+def show(configs: dict[Path, RunConfig]) -> None:
+    import yaml
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    for folder, config in configs.items():
+        Console().print(f"\n[bold]{folder}[/bold]  {sum(config.stage_steps())} steps of {config.batch_size}")
+        Console().print(Syntax(yaml.safe_dump(config.to_plain(), sort_keys=False), "yaml", background_color="default"))
+
+
+def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str], jobs: int) -> list[Outcome]:
+    """Hand the checked jobs to Hydra's launcher; each job reads its own configuration again and runs it."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig, OmegaConf
+
+    from zoo.cli.overrides import store_parts, to_run
+    from zoo.plugin import conf_dir
+
+    outcomes: list[Outcome] = []
+
+    def job(config: DictConfig) -> str:
+        if any(o.status == "interrupted" for o in outcomes):
+            return "interrupted"
+        plain: Any = OmegaConf.to_container(config)
+        run = to_run(plain, dict(HydraConfig.get().runtime.choices), written)
+        outcomes.append(run_folder(run.directory(str(plain["out"])), run, sweep=jobs > 1))
+        return outcomes[-1].status
+
+    store_parts()
+    before = sys.argv
+    sys.argv = ["zoo", *prepared, *(["--multirun"] if multirun else [])]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()
+    finally:
+        sys.argv = before
+    return outcomes
+
+
+def run_folder(folder: Path, config: RunConfig, *, sweep: bool) -> Outcome:
+    """Run one prepared folder here, or on several devices through workers.
+
+    Raises:
+        ZooError: The run failed for a reason the user can mend, and it is the only one.
+    """
+    from zoo.cli.progress import Bars
+    from zoo.compare.rundir import status_of
+
+    if status_of(folder) == "done":
+        print(f"{folder} is done already; delete it to run it again")
+        return Outcome(folder, "done")
+    devices = config.trainer.devices * config.trainer.nodes
+    if devices > 1:
+        from zoo.worker import INTERRUPTED, launch
+
+        status = launch(folder, config.trainer.devices, config.trainer.nodes)
+        if status in (0, INTERRUPTED):
+            return Outcome(folder, "interrupted" if status else "done")
+        return Outcome(folder, "failed", f"a worker ended with status {status}; its message is above")
+    from zoo.train import Interrupted, run
+
+    try:
+        with Bars(f"{config.name} seed={config.seed}") as bars:
+            run(folder, progress=bars)
+        print(f"{folder}: done")
+        return Outcome(folder, "done")
+    except Interrupted as stop:
+        print(f"\ninterrupted at {stop}; the same command goes on from there ({folder})")
+        return Outcome(folder, "interrupted")
+    except ZooError as error:
+        if not sweep:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return Outcome(folder, "failed", str(error))
+    except Exception as error:  # one broken job must not take the sweep with it; the traceback is kept with the run
+        import traceback
+
+        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        text = f"{type(error).__name__}: {' '.join(str(error).split())} (see {folder / 'traceback.txt'})"
+        if not sweep:
+            raise RunError(text) from error
+        print(f"error: {text}", file=sys.stderr)
+        return Outcome(folder, "failed", text)

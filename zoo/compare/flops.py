@@ -1,0 +1,91 @@
+"""FLOPs of one sample, counted by torch on the meta device: no memory, no time, any published size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from zoo.module import ZooModule
+    from zoo.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations of one training sample; a multiply-add counts as two.
+
+    Attributes:
+        frozen_forward: Forward through modules none of whose parameters learn.
+        trainable_forward: The rest of the forward pass.
+        backward: The backward pass, which needs no weight gradients of frozen modules.
+    """
+
+    frozen_forward: int
+    trainable_forward: int
+    backward: int
+
+    @property
+    def per_sample(self) -> int:
+        return self.frozen_forward + self.trainable_forward + self.backward
+
+    def to_plain(self) -> dict[str, int]:
+        return {**asdict(self), "per_sample": self.per_sample}
+
+
+BATCH = 2
+"""Samples counted at once: a contrastive loss compares at least two; the count is divided again."""
+
+
+def count(module: ZooModule) -> Flops:
+    """Count the current stage of a module whose parameters are on the meta device.
+
+    Matrix products, convolutions and attention are counted, as ``torch.utils.flop_counter`` defines them; norms, activations and
+    other elementwise work are not (about 1 % at published widths). A sequence counts at the length of ``example_batch``.
+    """
+    batch = module.model.example_batch(BATCH)
+    was = module.training
+    module.train()
+    forward = FlopCounterMode(display=False)
+    with forward:
+        loss, _ = module.losses(batch)
+    both = forward.get_total_flops()
+    frozen = sum(_of(forward, module.model, path) for path in frozen_paths(module.model))
+    backward = FlopCounterMode(display=False)
+    with backward:
+        loss.backward()
+    module.zero_grad(set_to_none=True)
+    module.train(was)
+    return Flops(frozen // BATCH, (both - frozen) // BATCH, backward.get_total_flops() // BATCH)
+
+
+def count_recipe(recipe: Recipe) -> list[Flops]:
+    """FLOPs of one sample in each stage of a recipe."""
+    from zoo.api import build_module
+
+    with torch.device("meta"):
+        module = build_module(recipe, seed=0)
+    flops = []
+    for stage in range(len(recipe.stages)):
+        module.set_stage(stage)
+        flops.append(count(module))
+    return flops
+
+
+def frozen_paths(model: nn.Module) -> list[str]:
+    """Paths of the largest modules none of whose parameters learn."""
+    paths: list[str] = []
+    for path, module in model.named_modules():
+        parameters = list(module.parameters())
+        inside = any(path.startswith(p + ".") for p in paths)
+        if path and parameters and not inside and not any(p.requires_grad for p in parameters):
+            paths.append(path)
+    return paths
+
+
+def _of(counter: FlopCounterMode, model: nn.Module, path: str) -> int:
+    counts = counter.get_flop_counts().get(f"{type(model).__name__}.{path}", {})
+    return int(sum(counts.values()))

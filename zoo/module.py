@@ -1,0 +1,187 @@
+"""ZooModule: a model and its objectives as a LightningModule. Thin: what a step computes is in the model and the objectives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from zoo.capabilities import capabilities_of
+from zoo.errors import ConfigError, near
+from zoo.models.base import Model
+from zoo.objectives.base import Objective
+from zoo.recipe import OptimizerConfig, Recipe
+
+NO_DECAY = ("bias", "position", "pos_embed", "class_embedding", "cls_token", "query_tokens", "logit_scale", "latents")
+"""Parameter name parts without weight decay, beside everything of fewer than two dimensions (clip.md section 5)."""
+
+
+def build_objectives(recipe: Recipe, model: Model) -> dict[str, Objective]:
+    """The recipe's objectives, checked against what the model provides.
+
+    Raises:
+        ConfigError: An objective needs an output the wiring does not provide.
+    """
+    objectives: dict[str, Objective] = {}
+    for name, config in recipe.objectives.items():
+        objective: Objective = config.build()
+        missing = objective.needs - model.provides
+        if missing:
+            raise ConfigError(
+                f"objective {name!r} needs {', '.join(sorted(missing))}, but wiring {recipe.wiring[0]!r} provides only "
+                f"{', '.join(sorted(model.provides))}"
+            )
+        objectives[name] = objective
+    return objectives
+
+
+def schedule(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Factor of the peak learning rate: linear warm-up from 1/warmup, then cosine to ``min_lr`` at ``steps``."""
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
+    if step < warmup:
+        return (step + 1) / max(1.0, warmup)
+    progress = min(1.0, (step - warmup) / max(1.0, steps - warmup))
+    floor = config.min_lr / config.lr
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class ZooModule(LightningModule):
+    """What ``zoo.build`` returns: trains in ``Trainer.fit``, offers its model's capabilities, and shows its wiring.
+
+    Attributes:
+        model: The plain ``nn.Module``.
+        objectives: Registry name -> objective.
+        recipe: What it was built from.
+        stage: Index of the recipe's stage that is being trained.
+        steps: Optimizer steps of this stage; None = what the Trainer estimates.
+    """
+
+    def __init__(self, model: Model, recipe: Recipe) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.objectives = nn.ModuleDict(build_objectives(recipe, model))
+        self.steps: int | None = None
+        self.report: dict[str, Tensor] = {}
+        self.set_stage(0)
+
+    def set_stage(self, index: int) -> None:
+        """Make stage ``index`` current: its parts learn, all others are frozen and stay in eval mode.
+
+        Raises:
+            ConfigError: A path of the stage names no module, or nothing would learn.
+        """
+        self.stage = index
+        stage = self.recipe.stages[index]
+        known = {name for name, _ in self.model.named_modules() if name} | {n for n, _ in self.model.named_parameters()}
+        for path in (*stage.train, *stage.freeze):
+            if path != "*" and path not in known:
+                top = {name for name in known if "." not in name}
+                raise ConfigError(
+                    f"stage {stage.name!r} names {path!r}, which {self.recipe.name} does not have{near(path, top)}"
+                )
+
+        def matches(name: str, paths: list[str]) -> bool:
+            return any(path == "*" or name == path or name.startswith(path + ".") for path in paths)
+
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(matches(name, stage.train) and not matches(name, stage.freeze))
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ConfigError(
+                f"stage {stage.name!r} trains {', '.join(stage.train)}: nothing in {self.recipe.name} would learn"
+            )
+        self.active = [name for name in self.recipe.objectives if not stage.objectives or name in stage.objectives]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ZooModule:
+        """Set training mode, except for modules whose parameters are all frozen: their dropout and statistics stay off."""
+        super().train(mode)
+        if mode:
+            for module in self.model.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(p.requires_grad for p in parameters):
+                    module.eval()
+        return self
+
+    def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One forward pass and the active objectives' weighted sum.
+
+        Returns:
+            The scalar to minimise, and what to log: each objective's own report, prefixed by its name when there are several.
+        """
+        outputs = self.model(batch)
+        total: Tensor | None = None
+        report: dict[str, Tensor] = {}
+        for name in self.active:
+            loss, values = self.objectives[name](self.model, batch, outputs)
+            loss = loss * self.recipe.objectives[name].weight
+            total = loss if total is None else total + loss
+            report[name] = loss.detach()
+            report.update({f"{name}/{key}": value for key, value in values.items()})
+        assert total is not None  # a recipe has at least one objective
+        return total, {"loss": total.detach(), **report}
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        loss, self.report = self.losses(batch)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        _, report = self.losses(batch)
+        size = len(next(iter(batch.values())))
+        self.log_dict({f"val/{k}": v for k, v in report.items()}, batch_size=size, sync_dist=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for name in self.active:
+            self.objectives[name].after_step(self.model)  # type: ignore[operator]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with the stage's settings; gains, biases, scalars, positions and embeddings of queries are not decayed."""
+        config = self.recipe.stage_optimizer(self.stage)
+        steps = self.steps if self.steps is not None else int(self.trainer.estimated_stepping_batches)
+        decay: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                exempt = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
+                (plain if exempt else decay).append(parameter)
+        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps
+        )
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps, config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip to the stage's norm, unless the Trainer was given one of its own."""
+        own = self.recipe.stage_optimizer(self.stage).clip or None
+        self.clip_gradients(optimizer, gradient_clip_val or own, gradient_clip_algorithm or "norm")
+
+    def __getattr__(self, name: str) -> Any:
+        """The model's capabilities and tensor-level doors, directly: ``module.embed_images(...)``."""
+        if name in FORWARDED:
+            model = super().__getattr__("model")
+            if hasattr(model, name):
+                return getattr(model, name)
+            offers = ", ".join(capabilities_of(model)) or "nothing"
+            raise AttributeError(f"{super().__getattr__('recipe').name} does not offer {name}; it offers {offers}")
+        return super().__getattr__(name)
+
+    def _repr_html_(self) -> str:
+        from zoo.compare.wiring import wiring_html
+
+        return wiring_html(self)
+
+
+FORWARDED = frozenset(
+    {
+        "embed_images", "embed_texts", "embed", "match", "generate_text", "score_text", "score_candidates", "generate_images",
+        "inpaint", "segment", "generate_interleaved", "image_features", "text_features", "text_logits", "token_logits",
+        "processor", "layouts",
+    }
+)  # fmt: skip

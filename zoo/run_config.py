@@ -1,0 +1,235 @@
+"""The resolved configuration of one run: everything that decides its result, as plain values in ``run.yaml``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ConfigError, RunError, near
+from zoo.part import PartConfig
+from zoo.plugin import catalogue
+from zoo.recipe import Recipe
+from zoo.registry import parse, to_plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(PartConfig):
+    """How a run is executed. Nothing here may change what it learns beyond rounding, except ``precision`` and ``ema``.
+
+    Attributes:
+        accelerator: ``auto``, ``cpu``, ``gpu``, ``mps``.
+        devices: Devices a node; the batch is divided among them.
+        precision: ``fp32``, ``bf16`` (autocast) or ``fp16`` (autocast with loss scaling). On a CPU measure before choosing bf16.
+        compile: Compile the inner module.
+        ema: Decay of an exponential moving average of the weights, which is what is evaluated and saved; 0 = none.
+        accumulate: Micro-batches an optimizer step is split into; the global batch stays ``batch_size``.
+        workers: Data loading processes a device.
+        log_every: Steps between two lines of the curve.
+        checkpoint_every: Steps between two resumable checkpoints; 0 = only at the end of a stage and on interruption.
+        deterministic: Refuse operations without a deterministic implementation.
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    precision: str = "fp32"
+    compile: bool = False
+    ema: float = 0.0
+    accumulate: int = 1
+    workers: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 100
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision = {self.precision!r}{near(self.precision, PRECISIONS)}")
+        if self.accelerator not in ACCELERATORS:
+            raise ValueError(f"accelerator = {self.accelerator!r}{near(self.accelerator, ACCELERATORS)}")
+        for name in ("devices", "nodes", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be 1 or more")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema = {self.ema} must be in [0, 1)")
+
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig(PartConfig):
+    """How long to train, over all stages.
+
+    Attributes:
+        unit: ``steps`` (optimizer steps) or ``samples``.
+    """
+
+    unit: str = "steps"
+    value: int = 300
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("steps", "samples"):
+            raise ValueError(f"unit = {self.unit!r} must be steps or samples")
+        if self.value < 1:
+            raise ValueError(f"value = {self.value} must be 1 or more")
+
+    def steps(self, batch_size: int) -> int:
+        return self.value if self.unit == "steps" else math.ceil(self.value / batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(PartConfig):
+    """What is measured after training.
+
+    Attributes:
+        tasks: Task name -> fields that differ from its defaults.
+    """
+
+    split: str = "test"
+    tasks: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {"retrieval": {}, "caption-likelihood": {}, "naming": {}}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. ``to_plain`` is what run.yaml holds; its hash names the run directory."""
+
+    recipe: Recipe
+    data: dict[str, Any]
+    batch_size: int
+    seed: int = 0
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        per_step = self.trainer.devices * self.trainer.nodes * self.trainer.accumulate
+        if self.batch_size < 1 or self.batch_size % per_step:
+            raise ConfigError(
+                f"batch_size = {self.batch_size} must be a positive multiple of devices x nodes x accumulate = {per_step}"
+            )
+        self.stage_steps()
+        values = dict(self.data)
+        name = values.pop("name", None)
+        if name is None:
+            raise ConfigError(f"data needs a 'name'; known: {', '.join(catalogue()['data'].names())}")
+        catalogue()["data"].parse(name, values, "data")
+        for task, fields in self.evaluation.tasks.items():
+            catalogue()["task"].parse(task, fields, f"evaluation.tasks.{task}")
+
+    def stage_steps(self) -> list[int]:
+        """Optimizer steps of each stage, the budget divided by the stages' shares (largest remainder).
+
+        Raises:
+            ConfigError: Fewer steps than stages.
+        """
+        total, shares = self.budget.steps(self.batch_size), [s.share for s in self.recipe.stages]
+        if total < len(shares):
+            raise ConfigError(f"a budget of {total} steps cannot hold the {len(shares)} stages of {self.recipe.name}")
+        exact = [total * share / sum(shares) for share in shares]
+        steps = [max(1, int(x)) for x in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: int(exact[i]) - exact[i])
+        for i in by_remainder[: max(0, total - sum(steps))]:
+            steps[i] += 1
+        while sum(steps) > total:
+            steps[steps.index(max(steps))] -= 1
+        return steps
+
+    @property
+    def name(self) -> str:
+        """The recipe's name and what else sets this run apart, e.g. ``llava+data.blank_images=true``."""
+        registry = catalogue()["data"]
+        values = {k: v for k, v in self.data.items() if k != "name"}
+        default = to_plain(registry.parse(self.data["name"], {}, "data"))
+        now = to_plain(registry.parse(self.data["name"], values, "data"))
+        shown = [f"+data.{key}={json.dumps(now[key])}" for key in SHOWN_DATA if now.get(key) != default.get(key)]
+        return self.recipe.name + "".join(shown)
+
+    def to_plain(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "recipe": self.recipe.to_plain(),
+            "data": dict(self.data),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "budget": to_plain(self.budget),
+            "trainer": to_plain(self.trainer),
+            "evaluation": to_plain(self.evaluation),
+        }
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> RunConfig:
+        """Read what ``to_plain`` wrote.
+
+        Raises:
+            ConfigError: Another format, an unknown name or field, a wrong type.
+        """
+        if plain.get("format") != 1:
+            raise ConfigError(
+                f"run format {plain.get('format')!r} is unknown to this version, expected 1: update mmzoo"
+            )
+        known = {f.name for f in dataclasses.fields(RunConfig)}
+        for key in plain:
+            if key not in known | {"format"}:
+                raise ConfigError(f"run configuration has an unknown key {key!r}{near(key, known)}")
+        return RunConfig(
+            recipe=Recipe.from_plain(plain["recipe"]),
+            data=dict(plain["data"]),
+            batch_size=plain["batch_size"],
+            seed=plain["seed"],
+            budget=parse(BudgetConfig, plain["budget"], "budget"),
+            trainer=parse(TrainerConfig, plain["trainer"], "trainer"),
+            evaluation=parse(EvaluationConfig, plain["evaluation"], "evaluation"),
+        )
+
+    def hash(self) -> str:
+        """Eight hex digits over everything that decides the result; how it is executed (devices, workers, logging) is left out."""
+        plain = self.to_plain()
+        plain["recipe"].pop("changed")
+        plain["trainer"] = {k: plain["trainer"][k] for k in ("precision", "ema", "accumulate")}
+        return digest(plain)[:8]
+
+    def directory(self, out: str | Path) -> Path:
+        """``OUT/NAME/seed=S-HASH``; a name too long for a folder is cut, the hash keeps it unique."""
+        name = self.name.replace("/", "-")
+        return Path(out) / (name if len(name) <= 150 else name[:149] + "~") / f"seed={self.seed}-{self.hash()}"
+
+    def write(self, path: Path) -> None:
+        import yaml
+
+        path.write_text(yaml.safe_dump(self.to_plain(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    @staticmethod
+    def read(path: Path) -> RunConfig:
+        """Read a run.yaml.
+
+        Raises:
+            RunError: There is none, or it is no YAML.
+            ConfigError: As ``from_plain``.
+        """
+        import yaml
+
+        try:
+            plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise RunError(f"cannot read {path}: {error}") from error
+        if not isinstance(plain, dict):
+            raise RunError(f"{path} holds no run configuration")
+        return RunConfig.from_plain(plain)
+
+
+SHOWN_DATA = ("blank_images", "split_scheme", "language")
+"""Data fields that set two runs of one model apart in their names."""
+
+
+def digest(plain: Any) -> str:
+    """Hex sha256 of the canonical JSON of ``plain``."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,46 @@
+"""``python -m torch.distributed.run ... -m zoo.worker RUN_DIRECTORY``: one rank of a run on several devices.
+
+Lightning's own launcher starts its processes by repeating the command line, which inside a Hydra sweep repeats the sweep. This
+worker reads the resolved run.yaml, imports no Hydra, and so all ranks of all jobs read the same configuration.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+INTERRUPTED = 130
+"""Exit status after a clean stop on request, the shell's convention for Ctrl-C."""
+
+
+def launch(folder: Path, devices: int, nodes: int = 1) -> int:
+    """Run ``folder`` on several devices of this machine and wait; returns the exit status.
+
+    On several nodes, start the same command on each with torchrun's rendezvous options; this starts the local ranks only.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices}", f"--nnodes={nodes}"]
+    if nodes == 1:
+        command.append("--standalone")
+    return subprocess.run([*command, "-m", "zoo.worker", str(folder)], check=False).returncode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one rank."""
+    from zoo.errors import ZooError
+    from zoo.train import Interrupted, run
+
+    folder = Path((arguments or sys.argv[1:])[0])
+    try:
+        run(folder)
+    except Interrupted:
+        return INTERRUPTED
+    except ZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
