@@ -35,7 +35,8 @@ ENCODERS = (
     _encoder("clip-vit-b-16", "open_clip:OpenCLIPViTConfig", "CLIP ViT-B/16, 224 px, 197 tokens", patch_size=16),
     _encoder("clip-vit-l-14", "open_clip:OpenCLIPViTConfig", "CLIP ViT-L/14, 224 px, 257 tokens", **_VIT_L),
     _encoder(
-        "clip-vit-l-14-336", "open_clip:OpenCLIPViTConfig", "CLIP ViT-L/14, 336 px, 577 tokens", image_size=336, **_VIT_L
+        "clip-vit-l-14-336", "open_clip:OpenCLIPViTConfig", "CLIP ViT-L/14, 336 px, 577 tokens",
+        image_size=336, **_VIT_L,
     ),
     _resnet("clip-rn50", [3, 4, 6, 3], 64, 1024, 224),
     _resnet("clip-rn101", [3, 4, 23, 3], 64, 512, 224),
