@@ -20,9 +20,10 @@ ignored.
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -133,6 +134,28 @@ def _summary(recipe: Path) -> str:
     return ""
 
 
+_uninstalled: list[Plugin] = []
+
+
+def _itself(plugin: Plugin) -> Plugin:
+    return plugin
+
+
+@contextmanager
+def registered(plugin: Plugin) -> Iterator[Catalogue]:
+    """The catalogue with a plugin in it that is not installed, e.g. one under test; after the block it is gone.
+
+    A plugin that cannot be added is among ``broken``.
+    """
+    _uninstalled.append(plugin)
+    catalogue.cache_clear()
+    try:
+        yield catalogue()
+    finally:
+        _uninstalled.remove(plugin)
+        catalogue.cache_clear()
+
+
 @cache
 def catalogue() -> Catalogue:
     """The catalogue of this environment, read once: the zoo's own parts, then every installed plugin in name order."""
@@ -143,11 +166,15 @@ def catalogue() -> Catalogue:
     own = conf_dir()
     _add(PLUGIN, registries, recipes, own)
     plugins, broken, folders = [PLUGIN], [], [own]
-    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
+    found: list[tuple[str, Callable[[], object]]] = [
+        *((point.name, point.load) for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)),
+        *((plugin.name, partial(_itself, plugin)) for plugin in _uninstalled),
+    ]
+    for name, load in found:
         try:
-            plugin = point.load()
+            plugin = load()
             if not isinstance(plugin, Plugin):
-                raise ConfigError(f"{point.value} is a {type(plugin).__name__}, expected a zoo.plugin.Plugin")
+                raise ConfigError(f"its entry point is a {type(plugin).__name__}, expected a zoo.plugin.Plugin")
             if plugin.api != API:
                 raise ConfigError(
                     f"it speaks plugin API {plugin.api}, this zoo speaks {API}: update the older of the two"
@@ -158,7 +185,7 @@ def catalogue() -> Catalogue:
             text = " ".join(str(error).split()) or "no message"
             broken.append(
                 Broken(
-                    point.name,
+                    name,
                     text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}",
                 )
             )

@@ -1,0 +1,33 @@
+"""Contract tests: what every part and recipe of the zoo must do, for the built-in ones and for plugins alike.
+
+    from zoo.testing import check_plugin
+    from zoo_example import PLUGIN
+
+    def test_contracts() -> None:
+        check_plugin(PLUGIN)
+
+Each function raises ``AssertionError`` with one line that names the part and the broken promise. They need no network
+and no weights: parts are built at ``scale`` with weights drawn at random, large enough that a forgotten norm or mask
+shows.
+"""
+
+from __future__ import annotations
+
+from zoo.testing.config import check_config
+from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
+from zoo.testing.plugins import check_component, check_light, check_plugin
+from zoo.testing.recipes import check_objective, check_published, check_recipe
+
+__all__ = [
+    "check_component",
+    "check_config",
+    "check_connector",
+    "check_decoder",
+    "check_encoder",
+    "check_light",
+    "check_objective",
+    "check_plugin",
+    "check_published",
+    "check_recipe",
+    "check_text_encoder",
+]
