@@ -1,0 +1,1 @@
+"""Runs, leaderboards and reports: reads run directories only, never models. Imports no torch."""
