@@ -34,7 +34,8 @@ def build(
     Args:
         model: A recipe's name, see ``list_models``.
         scale: ``tiny``, ``small``, or None for the published size.
-        seed: Seed of all initial weights; every part draws from its own stream, so exchanging one leaves the others bit-equal.
+        seed: Seed of all initial weights; every part draws from its own stream, so exchanging one leaves the others
+        bit-equal.
         options: Changes by dotted path, ``{"encoder.width": 96}``.
         changes: Parts by name (``connector="mlp"``), or fields of parts (``connector={"depth": 3}``), also ``stages="joint"``.
 
@@ -65,7 +66,8 @@ def from_pretrained(
     """Load a model with its weights.
 
     Args:
-        path: A zoo checkpoint folder, a transformers-format folder of a supported type, an official file (with ``model``),
+        path: A zoo checkpoint folder, a transformers-format folder of a supported type, an official file (with
+        ``model``),
             or a hub id.
         model: The recipe an official file belongs to.
         seed: Seed of the weights that ``changes`` make new.

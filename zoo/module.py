@@ -1,4 +1,6 @@
-"""ZooModule: a model and its objectives as a LightningModule. Thin: what a step computes is in the model and the objectives."""
+"""ZooModule: a model and its objectives as a LightningModule. Thin: what a step computes is in the model and the
+objectives.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from zoo.capabilities import capabilities_of
@@ -15,6 +16,11 @@ from zoo.errors import ConfigError, near
 from zoo.models.base import Model
 from zoo.objectives.base import Objective
 from zoo.recipe import OptimizerConfig, Recipe
+from zoo.torchvision_ops import ensure
+
+ensure()  # lightning imports torchmetrics, which imports torchvision
+
+from lightning.pytorch import LightningModule  # noqa: E402
 
 NO_DECAY = ("bias", "position", "pos_embed", "class_embedding", "cls_token", "query_tokens", "logit_scale", "latents")
 """Parameter name parts without weight decay, beside everything of fewer than two dimensions (clip.md section 5)."""
@@ -98,7 +104,9 @@ class ZooModule(LightningModule):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ZooModule:
-        """Set training mode, except for modules whose parameters are all frozen: their dropout and statistics stay off."""
+        """Set training mode, except for modules whose parameters are all frozen: their dropout and statistics stay
+        off.
+        """
         super().train(mode)
         if mode:
             for module in self.model.modules():
@@ -111,7 +119,8 @@ class ZooModule(LightningModule):
         """One forward pass and the active objectives' weighted sum.
 
         Returns:
-            The scalar to minimise, and what to log: each objective's own report, prefixed by its name when there are several.
+            The scalar to minimise, and what to log: each objective's own report, prefixed by its name when there are
+            several.
         """
         outputs = self.model(batch)
         total: Tensor | None = None
@@ -139,7 +148,9 @@ class ZooModule(LightningModule):
             self.objectives[name].after_step(self.model)  # type: ignore[operator]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with the stage's settings; gains, biases, scalars, positions and embeddings of queries are not decayed."""
+        """AdamW with the stage's settings; gains, biases, scalars, positions and embeddings of queries are not
+        decayed.
+        """
         config = self.recipe.stage_optimizer(self.stage)
         steps = self.steps if self.steps is not None else int(self.trainer.estimated_stepping_batches)
         decay: list[nn.Parameter] = []
@@ -180,7 +191,8 @@ class ZooModule(LightningModule):
 
 FORWARDED = frozenset(
     {
-        "embed_images", "embed_texts", "embed", "match", "generate_text", "score_text", "score_candidates", "generate_images",
+        "embed_images", "embed_texts", "embed", "match", "generate_text", "score_text", "score_candidates",
+        "generate_images",
         "inpaint", "segment", "generate_interleaved", "image_features", "text_features", "text_logits", "token_logits",
         "processor", "layouts",
     }

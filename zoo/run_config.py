@@ -25,7 +25,8 @@ class TrainerConfig(PartConfig):
     Attributes:
         accelerator: ``auto``, ``cpu``, ``gpu``, ``mps``.
         devices: Devices a node; the batch is divided among them.
-        precision: ``fp32``, ``bf16`` (autocast) or ``fp16`` (autocast with loss scaling). On a CPU measure before choosing bf16.
+        precision: ``fp32``, ``bf16`` (autocast) or ``fp16`` (autocast with loss scaling). On a CPU measure before
+        choosing bf16.
         compile: Compile the inner module.
         ema: Decay of an exponential moving average of the weights, which is what is evaluated and saved; 0 = none.
         accumulate: Micro-batches an optimizer step is split into; the global batch stays ``batch_size``.
@@ -191,7 +192,9 @@ class RunConfig:
         )
 
     def hash(self) -> str:
-        """Eight hex digits over everything that decides the result; how it is executed (devices, workers, logging) is left out."""
+        """Eight hex digits over everything that decides the result; how it is executed (devices, workers, logging) is
+        left out.
+        """
         plain = self.to_plain()
         plain["recipe"].pop("changed")
         plain["trainer"] = {k: plain["trainer"][k] for k in ("precision", "ema", "accumulate")}

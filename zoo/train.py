@@ -1,4 +1,6 @@
-"""One run: stages of training from a run.yaml, resumable to the bit, then evaluation; everything kept in the run directory."""
+"""One run: stages of training from a run.yaml, resumable to the bit, then evaluation; everything kept in the run
+directory.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,23 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from zoo.compare import record
 from zoo.compare.flops import count_recipe
 from zoo.errors import RunError, WeightsError
 from zoo.part import derived_seed
 from zoo.run_config import PRECISIONS, RunConfig, digest
+from zoo.torchvision_ops import ensure
+
+ensure()  # lightning imports torchmetrics, which imports torchvision
+
+from lightning.pytorch import Trainer  # noqa: E402
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging  # noqa: E402
 
 if TYPE_CHECKING:
     from zoo.data.sample import Source
@@ -140,7 +146,8 @@ class Keeper(Callback):
         self.saved = -1
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        # Dropout and the like draw from the global stream; seeding it by step makes a resumed run equal without storing it.
+        # Dropout and the like draw from the global stream; seeding it by step makes a resumed run equal without storing
+        # it.
         torch.manual_seed(derived_seed(self.seed, f"step/{self.stage}/{batch_idx}/{trainer.global_rank}"))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -263,7 +270,6 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
     """
     from zoo.api import build_module
     from zoo.plugin import catalogue
-    from zoo.registry import to_plain
 
     folder = Path(folder)
     config = RunConfig.read(folder / "run.yaml")
@@ -289,12 +295,9 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         text = " ".join(str(error).split())
-        try:
+        with suppress(RunError):  # when the disk is what failed, the first error says more
             manifest.update(status=status, error=f"{type(error).__name__}: {text}"[:500])
-        except RunError:
-            pass  # the disk is what failed; the first error says more
         raise
-    _ = to_plain
     return manifest.values
 
 
@@ -306,7 +309,7 @@ def start_manifest(config: RunConfig, module: ZooModule, source: Source) -> dict
     plain = config.to_plain()
     order = SampleOrder(source.ids("train"), config.seed)
     samples = sum(config.stage_steps()) * config.batch_size
-    trained = {path for path in (name for name, p in module.model.named_parameters() if p.requires_grad)}
+    trained = [name for name, parameter in module.model.named_parameters() if parameter.requires_grad]
     parts = [
         {
             "path": path,

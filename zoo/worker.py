@@ -1,6 +1,7 @@
 """``python -m torch.distributed.run ... -m zoo.worker RUN_DIRECTORY``: one rank of a run on several devices.
 
-Lightning's own launcher starts its processes by repeating the command line, which inside a Hydra sweep repeats the sweep. This
+Lightning's own launcher starts its processes by repeating the command line, which inside a Hydra sweep repeats the
+sweep. This
 worker reads the resolved run.yaml, imports no Hydra, and so all ranks of all jobs read the same configuration.
 """
 
@@ -18,7 +19,8 @@ INTERRUPTED = 130
 def launch(folder: Path, devices: int, nodes: int = 1) -> int:
     """Run ``folder`` on several devices of this machine and wait; returns the exit status.
 
-    On several nodes, start the same command on each with torchrun's rendezvous options; this starts the local ranks only.
+    On several nodes, start the same command on each with torchrun's rendezvous options; this starts the local ranks
+    only.
     """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices}", f"--nnodes={nodes}"]
     if nodes == 1:

@@ -1,4 +1,6 @@
-"""What `zoo eval` and `zoo generate` accept as a model: a run directory, a checkpoint folder, an official file or a hub id."""
+"""What `zoo eval` and `zoo generate` accept as a model: a run directory, a checkpoint folder, an official file or a
+hub id.
+"""
 
 from __future__ import annotations
 

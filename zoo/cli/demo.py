@@ -1,4 +1,6 @@
-"""zoo demo: CLIP, three connectors and a blind control on real images, at equal data order and budget, then the report."""
+"""zoo demo: CLIP, three connectors and a blind control on real images, at equal data order and budget, then the
+report.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ def options(group: str) -> list[str]:
 
 
 def store_parts() -> None:
-    """Give Hydra one option a registered part, in its ConfigStore; fields are filled in and checked by ``zoo.recipe``."""
+    """Give Hydra one option a registered part, in its ConfigStore; fields are filled in and checked by
+    ``zoo.recipe``.
+    """
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -41,7 +43,8 @@ def store_parts() -> None:
             store.store(group=slot, name=name, node={"name": name})
     for name in catalogue()["objective"].names():
         store.store(group="objective", name=name, package=f"objective.{name}", node={})
-    for name in catalogue()["data"].names():
+    files = {f.stem for folder in catalogue().conf_dirs for f in (folder / "data").glob("*.yaml")}
+    for name in set(catalogue()["data"].names()) - files:
         store.store(group="data", name=name, node={"name": name})
 
 
@@ -101,10 +104,7 @@ def values_of(override: Any) -> list[Any]:
     """All values an override sweeps over, or its one value."""
     from hydra.core.override_parser.types import QuotedString
 
-    if override.is_sweep_override():
-        values = list(override.sweep_iterator())
-    else:
-        values = [override.value()]
+    values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
     return [v.text if isinstance(v, QuotedString) else v for v in values]
 
 
@@ -144,7 +144,8 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], Mapping[str, Any
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 config = compose("train", overrides=list(overrides), return_hydra_config=True)
                 choices = dict(config.hydra.runtime.choices)
-                plain = {key: OmegaConf.to_container(config)[key] for key in config if key != "hydra"}  # type: ignore[index,call-overload]
+                plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+                plain.pop("hydra")
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     return plain, choices
@@ -188,7 +189,8 @@ def to_run(plain: Mapping[str, Any], choices: Mapping[str, Any], written: Sequen
 def to_recipe(plain: Mapping[str, Any], choices: Mapping[str, Any], written: Sequence[str]) -> Recipe:
     """The recipe of a composed job: Hydra's choices, and the fields that are not the recipe file's own.
 
-    Hydra has merged the recipe's body with what the user wrote; the scale stands between the two, so they are told apart again.
+    Hydra has merged the recipe's body with what the user wrote; the scale stands between the two, so they are told
+    apart again.
     """
     model = choices.get("model")
     if not model:

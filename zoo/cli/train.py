@@ -1,4 +1,6 @@
-"""zoo train: Hydra composes and sweeps, each job becomes a run directory, and ``zoo.train`` (or a worker a device) runs it."""
+"""zoo train: Hydra composes and sweeps, each job becomes a run directory, and ``zoo.train`` (or a worker a device)
+runs it.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Outcome:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train; returns 0 when all runs are done, 2 when one failed for a reason named in one line, 130 when interrupted."""
+    """Train; returns 0 when all runs are done, 2 when one failed for a reason named in one line, 130 when
+    interrupted.
+    """
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0

@@ -43,8 +43,10 @@ BATCH = 2
 def count(module: ZooModule) -> Flops:
     """Count the current stage of a module whose parameters are on the meta device.
 
-    Matrix products, convolutions and attention are counted, as ``torch.utils.flop_counter`` defines them; norms, activations and
-    other elementwise work are not (about 1 % at published widths). A sequence counts at the length of ``example_batch``.
+    Matrix products, convolutions and attention are counted, as ``torch.utils.flop_counter`` defines them; norms,
+    activations and
+    other elementwise work are not (about 1 % at published widths). A sequence counts at the length of
+    ``example_batch``.
     """
     batch = module.model.example_batch(BATCH)
     was = module.training

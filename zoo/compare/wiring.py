@@ -57,7 +57,9 @@ def short(number: float) -> str:
 
 
 def wiring_text(recipe: Recipe) -> str:
-    """Parts with parameters and state in each stage, FLOPs of one sample, and the attention layouts. Builds on the meta device."""
+    """Parts with parameters and state in each stage, FLOPs of one sample, and the attention layouts. Builds on the
+    meta device.
+    """
     import torch
 
     from zoo.api import build_module
@@ -80,7 +82,8 @@ def wiring_text(recipe: Recipe) -> str:
         lines.append(f"  {'total':<{width}}  {'':<{names}}  {short(total):>8}  {short(trained)} trained")
         flops = count(module)
         lines.append(
-            f"  FLOPs a sample: {short(flops.frozen_forward)} frozen forward, {short(flops.trainable_forward)} trainable "
+            f"  FLOPs a sample: {short(flops.frozen_forward)} frozen forward, {short(flops.trainable_forward)}
+            trainable "
             f"forward, {short(flops.backward)} backward = {short(flops.per_sample)}"
         )
     with torch.device("cpu"):
