@@ -217,7 +217,7 @@ def check_gradients(module: nn.Module, loss: torch.Tensor, what: str) -> None:
     """Check that the loss is finite and its gradient reaches every parameter that is to learn."""
     import torch
 
-    expect(bool(torch.isfinite(loss)), f"{what}: the loss is {float(loss)}")
+    expect(bool(torch.isfinite(loss)), f"{what}: the loss is {loss.item()}")
     module.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     for key, parameter in module.named_parameters():
