@@ -1,0 +1,307 @@
+"""A frozen or trained eye, a connector, and a language model that reads the connector's tokens in place of words.
+
+LLaVA and stage 2 of BLIP-2 are this wiring; they differ in parts, template and stages only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.connectors.base import Connector, ConnectorConfig
+from zoo.decoders.base import Decoder, DecoderConfig
+from zoo.encoders.base import Encoder, ImageEncoderConfig
+from zoo.errors import ConfigError
+from zoo.layout import Layout, Segment, TokenBatch, lay_out
+from zoo.layout_facts import Padding, look_at_padding
+from zoo.models.base import Model
+from zoo.models.writing import IGNORE, WritesText
+from zoo.part import PartConfig, seeded
+from zoo.recipe import WiringConfig
+
+if TYPE_CHECKING:
+    from zoo.data.processor import PromptProcessor
+    from zoo.data.text import TextTokenizer
+
+TYPICAL_TEXT = 16
+"""Text tokens of a caption with its template, as layouts and FLOP counts assume."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig(WiringConfig):
+    """Joins an image encoder, a connector and a text decoder.
+
+    Attributes:
+        template: How image, question and answer are written (``zoo.data.templates``): plain, blip2, vicuna_v1,
+            llava_v1.
+        prompt: The question where a sample or a call gives none.
+        image_id: Placeholder id of an image slot in ``input_ids``. -1 = the tokenizer's ``<image>``, or where it has
+            none the
+            first id outside the decoder's vocabulary: a slot's embedding is replaced, so the id costs no row of the
+            table.
+        augment: What training images go through (``none``, ``random-resized-crop``, ``shift``, ``flip``,
+            ``shift-flip``).
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ("encoder", "connector", "decoder")
+
+    template: str = "plain"
+    prompt: str = ""
+    image_id: int = -1
+    augment: str = "none"
+
+    def build(self, parts: Mapping[str, tuple[str, PartConfig]], seed: int) -> Bridge:
+        """Build the model; every part is drawn from its own stream of ``seed``.
+
+        Raises:
+            ConfigError: Parts that do not fit each other, or an unknown template.
+        """
+        from zoo.data.templates import template
+
+        template(self.template)
+        return Bridge(
+            self,
+            cast("ImageEncoderConfig", parts["encoder"][1]),
+            cast("ConnectorConfig", parts["connector"][1]),
+            cast("DecoderConfig", parts["decoder"][1]),
+            seed,
+        )
+
+
+class Bridge(WritesText, Model):
+    """``encoder``, ``connector``, ``decoder``: image tokens are spliced into the text at the placeholders, all of it
+    causal."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
+
+    def __init__(
+        self,
+        config: BridgeConfig,
+        image_config: ImageEncoderConfig,
+        connector_config: ConnectorConfig,
+        decoder_config: DecoderConfig,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.image_config = image_config
+        self.decoder_config = decoder_config
+        self.seed = seed
+        self._tokenizer: TextTokenizer | None = None
+        self._processor: PromptProcessor | None = None
+        with seeded(seed, "encoder"):
+            self.encoder: Encoder = image_config.build()
+        with seeded(seed, "decoder"):
+            decoder: Decoder = decoder_config.build()
+        with seeded(seed, "connector"):
+            self.connector: Connector = connector_config.build(
+                in_width=self.encoder.width, in_tokens=self.encoder.tokens, out_width=decoder.width
+            )
+        self.decoder = decoder
+        if self.connector.tokens + 2 > decoder_config.context_length:
+            raise ConfigError(
+                f"{self.connector.tokens} image tokens leave no room for text in decoder.context_length ="
+                f" {decoder_config.context_length}: raise it, or choose a connector that returns fewer tokens"
+            )
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Read ``pixel_values`` [N, 3, H, W] and ``input_ids`` [B, T] with a placeholder for every image token.
+
+        Also read are ``attention_mask`` [B, T] (pads behind the text), ``labels`` [B, T] (-100 = no target; the label
+        of a
+        token stands in its own place, as transformers have it), and ``has_image`` [B] where some rows show none (their
+        images are not looked at).
+
+        Returns:
+            ``hidden`` [B, T, width] and ``targets`` [B, T], the id each row should predict: the labels shifted by one.
+        """
+        ids, labels = batch["input_ids"], batch["labels"]
+        pixels, has_image = batch.get("pixel_values"), batch.get("has_image")
+        if pixels is not None and has_image is not None:
+            pixels = pixels[has_image]
+        embeds = self._splice(ids, pixels)
+        layout = self._layout(ids, batch.get("attention_mask"), padding="right")
+        hidden = self.decoder(TokenBatch(embeds, layout))  # [B, T, D]
+        return {"hidden": hidden, "targets": F.pad(labels[:, 1:], (0, 1), value=IGNORE)}
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """The connector's tokens [N, n, width] of ``pixel_values`` [N, 3, H, W]: what stands in for words."""
+        frozen = not any(p.requires_grad for p in self.encoder.parameters())
+        with torch.no_grad() if frozen else nullcontext():
+            features = self.encoder(pixel_values)
+        tokens: Tensor = self.connector(features).tokens
+        return tokens
+
+    def text_logits(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] of every position.
+
+        Args:
+            pixel_values: [N, 3, H, W], the images in the order of their slots, row by row; None where no row shows one.
+            input_ids: [B, T] with ``image_token_id`` at each of an image's slots.
+            attention_mask: [B, T], 1 = real; pads may stand on either side.
+            decoder_input_ids: Not used: the decoder reads ``input_ids``.
+        """
+        embeds = self._splice(input_ids, pixel_values)
+        layout = self._layout(input_ids, attention_mask)
+        return self.decoder.logits(self.decoder(TokenBatch(embeds, layout)))
+
+    def _splice(self, ids: Tensor, pixel_values: Tensor | None, features: Tensor | None = None) -> Tensor:
+        """Embeddings [B, T, D] with image tokens in place of the placeholders.
+
+        Raises:
+            ConfigError: Slots and image tokens differ in number (on an accelerator an assertion, so that nothing waits
+                for it).
+        """
+        slots = ids == self.image_token_id  # [B, T]
+        embeds = self.decoder.embed(ids.masked_fill(slots, 0))  # [B, T, D]
+        if features is None and pixel_values is not None and len(pixel_values):
+            features = self.image_features(pixel_values)
+        if features is None:
+            if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.connector.parameters())):
+                _check_slots(slots, 0, self.connector.tokens)
+                return embeds
+            # text alone: a blank image of weight zero keeps the connector in the graph, or distributed training would
+            # hang
+            size = self.image_config.image_size
+            blank = embeds.new_zeros(1, 3, size, size)
+            return embeds + 0.0 * self.image_features(blank).sum()
+        _check_slots(slots, features.shape[0], features.shape[1])
+        return embeds.masked_scatter(slots[..., None], features.to(embeds.dtype))
+
+    def _layout(self, ids: Tensor, attention_mask: Tensor | None, padding: Padding | None = None) -> Layout:
+        """Plain causal attention over text and image tokens alike; positions do not count pads in front.
+
+        ``padding="right"`` promises that pads stand behind the text, which on an accelerator nobody looks at.
+        """
+        batch, length = ids.shape
+        real = None if attention_mask is None else attention_mask.bool()
+        position: Tensor | None = None
+        if real is not None and padding is None:
+            padding = look_at_padding(real) if real.device.type == "cpu" else "any"
+        if real is not None and padding == "any":
+            position = (real.long().cumsum(1) - 1).clamp(min=0)
+        layout = lay_out(
+            [Segment("sequence", length, predicted=True)],
+            batch,
+            real=real,
+            position=position,
+            padding=padding,
+            device=ids.device,
+        )
+        # rows may hold their images anywhere, so that a token's modality is known by its id alone
+        return replace(layout, modality=(ids == self.image_token_id).long(), spans=None)
+
+    # -- what surrounds the tensors --------------------------------------------------------------------------------
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder of an image slot in ``input_ids``."""
+        return self.config.image_id if self.config.image_id >= 0 else self.decoder_config.vocab_size
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The decoder's text tokenizer, made on first use: published ones need files or the network."""
+        if self._tokenizer is None:
+            from zoo.models.towers import named_tokenizer
+
+            self._tokenizer = named_tokenizer(self.decoder_config.tokenizer)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._processor = None
+
+    @property
+    def processor(self) -> PromptProcessor:
+        """Turns samples into ``forward``'s batch; made on first use.
+
+        Raises:
+            ConfigError: The tokenizer has more ids than the decoder has rows.
+        """
+        if self._processor is None:
+            from zoo.data.images import ImageTransform
+            from zoo.data.processor import PromptProcessor
+
+            tokenizer, image = self.tokenizer, self.image_config
+            if tokenizer.vocab_size > self.decoder_config.vocab_size:
+                raise ConfigError(
+                    f"tokenizer {self.decoder_config.tokenizer!r} has {tokenizer.vocab_size} ids, decoder.vocab_size"
+                    f" is {self.decoder_config.vocab_size}: set one to fit the other"
+                )
+            transform = ImageTransform(
+                size=image.image_size,
+                mean=tuple(image.mean),
+                std=tuple(image.std),
+                mode=cast("Any", image.resize),
+                augment=cast("Any", self.config.augment),
+            )
+            self._processor = PromptProcessor(
+                transform,
+                tokenizer,
+                self.config.template,
+                image_tokens=self.connector.tokens,
+                image_token_id=self.image_token_id,
+                max_length=self.decoder_config.context_length,
+                prompt=self.config.prompt,
+                seed=self.seed,
+            )
+        return self._processor
+
+    def layouts(self) -> dict[str, Layout]:
+        """The decoder's sequence with a caption of typical length, as the template orders it."""
+        from zoo.data.templates import template
+
+        image = Segment("image", self.connector.tokens, "image", "causal")
+        text = Segment("text", self._typical_text, "text", "causal", predicted=True)
+        if template(self.config.template).image_before_bos:
+            return {"decoder": lay_out([image, text])}
+        before = Segment("before", 1 if not template(self.config.template).system else TYPICAL_TEXT, "text", "causal")
+        return {"decoder": lay_out([before, image, text])}
+
+    @property
+    def _typical_text(self) -> int:
+        return max(1, min(TYPICAL_TEXT, self.decoder_config.context_length - self.connector.tokens - 1))
+
+    def example_batch(self, batch_size: int = 1) -> dict[str, Tensor]:
+        """One image and a caption of typical length an item, every text token a target."""
+        size, text, slots = self.image_config.image_size, self._typical_text, self.connector.tokens
+        device = self.device
+        ids = torch.ones(batch_size, slots + text, dtype=torch.long, device=device)
+        ids[:, :slots] = self.image_token_id
+        labels = torch.ones_like(ids)
+        labels[:, :slots] = IGNORE
+        dtype = next(self.encoder.parameters()).dtype
+        return {
+            "pixel_values": torch.zeros(batch_size, 3, size, size, dtype=dtype, device=device),
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids, dtype=torch.bool),
+            "labels": labels,
+        }
+
+
+def _check_slots(slots: Tensor, images: int, tokens: int) -> None:
+    """Raise where the number of slots is not images x tokens."""
+    if slots.device.type == "cpu":
+        found = int(slots.sum())
+        if found != images * tokens:
+            raise ConfigError(
+                f"input_ids hold {found} image placeholders, but {images} images give {tokens} tokens each:"
+                f" expected {images * tokens} placeholders"
+            )
+    elif slots.device.type != "meta":
+        torch._assert_async(slots.sum() == images * tokens, "image placeholders and image tokens differ in number")

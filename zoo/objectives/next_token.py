@@ -1,0 +1,82 @@
+"""Next-token prediction: cross-entropy over the positions that have a target, and nothing computed elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.objectives.base import Objective
+from zoo.recipe import ObjectiveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenConfig(ObjectiveConfig):
+    """Cross-entropy of the next token.
+
+    Attributes:
+        label_smoothing: Mass spread evenly over the vocabulary.
+        z_loss: Factor of the mean squared log-partition, which keeps logits from drifting (PaLM, arXiv 2204.02311,
+            section 5).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
+            raise ValueError("label_smoothing must lie in [0, 1) and z_loss must not be negative")
+
+    def build(self) -> NextToken:
+        return NextToken(self)
+
+
+class NextToken(Objective):
+    """Mean cross-entropy, in nats, over the local batch's targets.
+
+    With several processes each divides by its own number of targets, so that the gradients DDP averages weigh every
+    process,
+    not every token, alike; processes agree when captions have like lengths. A batch without targets gives a zero that
+    is
+    connected to the graph.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
+
+    def __init__(self, config: NextTokenConfig) -> None:
+        super().__init__()
+        self.label_smoothing = config.label_smoothing
+        self.z_loss = config.z_loss
+
+    def forward(
+        self, model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of ``outputs["targets"]`` [B, T] (-100 = none), the ids that rows of ``outputs["hidden"]`` [B, T, D]
+        predict.
+
+        Reports ``next_token`` (nats a target, without the z term), ``tokens`` (targets), and ``bits_per_byte`` where
+        the batch
+        says how many bytes of text the targets stand for (``text_bytes`` [B]).
+        """
+        hidden, targets = outputs["hidden"], outputs["targets"]
+        kept = targets != -100  # [B, T]
+        if targets.device.type == "meta":  # counting FLOPs: how many targets there are cannot be seen, so take all
+            kept = torch.ones_like(targets, dtype=torch.bool)
+            chosen, wanted = hidden.flatten(0, 1), targets.flatten()
+        else:
+            chosen, wanted = hidden[kept], targets[kept]  # [M, D], [M]
+        logits = model.decoder.logits(chosen).float()  # [M, V]
+        count = kept.sum().clamp(min=1)
+        total = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=self.label_smoothing)
+        loss = total / count  # with no target: an empty sum, whose gradients are zeros
+        report = {"next_token": loss.detach(), "tokens": kept.sum()}
+        if self.z_loss:
+            loss = loss + self.z_loss * logits.logsumexp(-1).square().sum() / count
+        if "text_bytes" in batch:
+            report["bits_per_byte"] = total.detach() / math.log(2) / batch["text_bytes"].sum().clamp(min=1)
+        return loss, report

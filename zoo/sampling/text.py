@@ -1,0 +1,163 @@
+"""Writing text with a decoder: greedy or sampled, over a key/value cache, the same whatever shares the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoo.decoders.base import Decoder
+from zoo.errors import ConfigError
+from zoo.layout import Layout, TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: Most tokens to write.
+        min_new_tokens: Tokens to write before a stop is allowed.
+        temperature: 0 = greedy; else the logits are divided by it.
+        top_k: Sample among the k likeliest tokens only; 0 = no limit.
+        top_p: Sample among the fewest likeliest tokens that hold this mass (nucleus sampling, arXiv 1904.09751).
+        seed: Of the samples; every row has its own stream.
+    """
+
+    max_new_tokens: int = 32
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ConfigError(
+                f"max_new_tokens = {self.max_new_tokens}, min_new_tokens = {self.min_new_tokens}:"
+                " expected 0 <= min_new_tokens <= max_new_tokens and at least one new token"
+            )
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"temperature = {self.temperature}, top_k = {self.top_k}, top_p = {self.top_p}:"
+                " expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
+            )
+
+
+def choose(logits: Tensor, decoding: Decoding, draw: Tensor | None = None) -> Tensor:
+    """The next token of each row.
+
+    Args:
+        logits: [B, V] float.
+        draw: [B] uniform numbers in [0, 1), needed when the temperature is above 0. A row's token is a function of its
+            own
+            logits and number.
+
+    Returns:
+        [B] int64.
+    """
+    if decoding.temperature == 0:
+        return logits.argmax(dim=-1)
+    if draw is None:
+        raise ConfigError("sampling at a temperature above 0 needs one uniform number a row")
+    values, order = (logits / decoding.temperature).sort(dim=-1, descending=True)  # [B, V]
+    p = values.double().softmax(dim=-1)
+    keep = p.cumsum(dim=-1) - p < decoding.top_p  # the token that crosses top_p is still in
+    if decoding.top_k:
+        keep[:, decoding.top_k :] = False
+    cdf = torch.where(keep, p, 0.0).cumsum(dim=-1)
+    place = torch.searchsorted(cdf, draw.double()[:, None] * cdf[:, -1:], right=True)  # [B, 1]
+    place = place.minimum(keep.sum(dim=-1, keepdim=True) - 1)  # rounding must not step onto a token left out
+    return order.gather(1, place)[:, 0]
+
+
+def streams(seed: int, first: int, count: int) -> list[torch.Generator]:
+    """One generator a row, by the row's number in the whole request, so that splitting it into batches changes
+    nothing."""
+    return [torch.Generator().manual_seed((seed * 1_000_003 + first + i) % 2**63) for i in range(count)]
+
+
+@torch.inference_mode()
+def write(
+    decoder: Decoder,
+    embeds: Tensor,
+    layout: Layout,
+    decoding: Decoding,
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """Continue each row of a prompt until a stop token or ``max_new_tokens``.
+
+    Args:
+        embeds: [B, T, D] the prompts; pads, if any, in front (see ``align_right``), so that all rows end together.
+        layout: Their layout, with positions that do not count pads.
+        stop_ids: Tokens after which a row is finished; the stop is part of what is returned.
+        pad_id: Fills rows behind their stop.
+        generators: One a row, when sampling; made from ``decoding.seed`` by default.
+
+    Returns:
+        [B, n] int64 new token ids, n <= ``max_new_tokens``. Writing also ends where the decoder's context is full.
+
+    Raises:
+        ConfigError: The prompt itself does not fit the decoder's context.
+    """
+    batch, length = embeds.shape[:2]
+    device = embeds.device
+    room = (getattr(decoder, "context_length", 0) or length + decoding.max_new_tokens) - length + 1
+    if room < 1:
+        raise ConfigError(
+            f"the prompt has {length} tokens, image tokens included, and the decoder reads {length + room - 1}:"
+            " shorten the prompt or give the decoder a longer context_length"
+        )
+    if decoding.temperature and generators is None:
+        generators = streams(decoding.seed, 0, batch)
+    stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
+    name = layout.names[-1]
+    done = torch.zeros(batch, dtype=torch.bool, device=device)
+    cache = decoder.new_cache()
+    written: list[Tensor] = []
+    for step in range(min(decoding.max_new_tokens, room)):
+        if step:
+            layout = layout.append(name)
+            embeds = decoder.embed(written[-1][:, None])  # [B, 1, D]
+        hidden = decoder(TokenBatch(embeds, layout), cache)[:, -1]  # [B, D]
+        logits = decoder.logits(hidden).float()  # [B, V]
+        if step < decoding.min_new_tokens:
+            logits[:, stops] = -torch.inf
+        draw = None
+        if generators is not None and decoding.temperature:
+            draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(device)
+        token = torch.where(done, pad_id, choose(logits, decoding, draw))
+        written.append(token)
+        done = done | torch.isin(token, stops)
+        if bool(done.all()):
+            break
+    return torch.stack(written, dim=1)
+
+
+def align_right(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Move each row's real tokens to its end, in order, and cut columns that hold pads only.
+
+    Args:
+        x: [B, T, ...].
+        real: [B, T] bool.
+
+    Returns:
+        (x [B, t, ...], real [B, t]).
+    """
+    # stable: pads (0) before real tokens (1), each in their own order
+    order = real.long().argsort(dim=1, stable=True)
+    keep = int(real.sum(dim=1).max())
+    order = order[:, real.shape[1] - keep :]  # [B, t]
+    index = order.reshape(*order.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index), real.gather(1, order)
+
+
+def until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    """The ids before the first stop."""
+    stops = set(stop_ids)
+    return list(ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))])
