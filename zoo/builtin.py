@@ -73,6 +73,97 @@ TOWERS = (
     ),
 )
 
+CONNECTORS = tuple(
+    Component(kind="connector", name=name, ref=f"zoo.connectors.{config}", summary=summary)
+    for name, config, summary in (
+        ("identity", "simple:IdentityConfig", "the encoder's tokens as they are; widths must be equal"),
+        ("linear", "simple:LinearConfig", "one linear map a token (LLaVA)"),
+        ("mlp", "simple:MLPConfig", "two linears with GELU between, mlp2x_gelu (LLaVA-1.5)"),
+        ("qformer", "qformer:QFormerConfig", "32 learned queries read the image through cross-attention (BLIP-2)"),
+        (
+            "perceiver-resampler",
+            "perceiver_resampler:PerceiverResamplerConfig",
+            "64 latents read the image and themselves (Flamingo)",
+        ),
+        (
+            "pixel-shuffle",
+            "pixel_shuffle:PixelShuffleConfig",
+            "2 x 2 patches folded into channels, then an MLP (InternVL)",
+        ),
+    )
+)
+
+
+def _lm(name: str, summary: str, **preset: Any) -> Component:
+    ref = "zoo.decoders.causal_lm:CausalLMConfig"
+    return Component(kind="decoder", name=name, ref=ref, preset=preset, summary=summary)
+
+
+_OPT: dict[str, Any] = {
+    "family": "opt",
+    "depth": 32,
+    "heads": 32,
+    "vocab_size": 50272,
+    "context_length": 2048,
+    "dropout": 0.1,
+}
+_VICUNA: dict[str, Any] = {
+    "family": "llama", "kv_heads": 0, "vocab_size": 32000, "context_length": 2048, "options": {"rms_norm_eps": 1e-5},
+}  # fmt: skip
+
+DECODERS = (
+    _lm("opt-2.7b", "OPT-2.7B", width=2560, ffn=10240, tokenizer="hf:facebook/opt-2.7b", **_OPT),
+    _lm("opt-6.7b", "OPT-6.7B", width=4096, ffn=16384, tokenizer="hf:facebook/opt-6.7b", **_OPT),
+    _lm(
+        "vicuna-7b", "Vicuna-7B v1.5 (Llama 2)",
+        width=4096, depth=32, heads=32, ffn=11008, tokenizer="hf:lmsys/vicuna-7b-v1.5", **_VICUNA,
+    ),
+    _lm(
+        "vicuna-13b", "Vicuna-13B v1.5 (Llama 2)",
+        width=5120, depth=40, heads=40, ffn=13824, tokenizer="hf:lmsys/vicuna-13b-v1.5", **_VICUNA,
+    ),
+    _lm(
+        "phi-2", "Phi-2, 2.7B", family="phi", width=2560, depth=32, heads=32, ffn=10240, dropout=0.1,
+        vocab_size=51200, context_length=2048, tokenizer="hf:microsoft/phi-2",
+        options={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4}},
+    ),
+    _lm(
+        "smollm2-135m", "SmolLM2-135M, tied, 9 heads on 3",
+        family="llama", width=576, depth=30, heads=9, kv_heads=3, ffn=1536,
+        vocab_size=49152, context_length=8192, tokenizer="hf:HuggingFaceTB/SmolLM2-135M",
+        options={
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        },
+    ),
+    _lm(
+        "gpt2", "GPT-2, 124M", family="gpt2", width=768, depth=12, heads=12, ffn=3072, dropout=0.1,
+        vocab_size=50257, context_length=1024, tokenizer="hf:openai-community/gpt2",
+    ),
+    _lm("causal-lm", "any transformers causal LM by family and size; a Llama of SmolLM2-135M's size by default"),
+    Component(
+        kind="decoder",
+        name="trunk-lm",
+        ref="zoo.decoders.trunk_lm:TrunkLMConfig",
+        summary="a causal LM on the zoo's own trunk, like Llama by default",
+    ),
+)  # fmt: skip
+
+BRIDGE = (
+    Component(
+        kind="wiring",
+        name="bridge",
+        ref="zoo.models.bridge:BridgeConfig",
+        summary="image encoder, connector, text decoder: image tokens spliced into the text",
+    ),
+    Component(
+        kind="objective",
+        name="next-token",
+        ref="zoo.objectives.next_token:NextTokenConfig",
+        summary="cross-entropy of the next token, where there is a target",
+    ),
+)
+
 DATA = (
     Component(
         kind="data",
@@ -109,4 +200,6 @@ TASKS = (
     ),
 )
 
-PLUGIN = Plugin(name="zoo", components=(*ENCODERS, *TEXT_ENCODERS, *TOWERS, *DATA, *TASKS))
+PLUGIN = Plugin(
+    name="zoo", components=(*ENCODERS, *TEXT_ENCODERS, *TOWERS, *CONNECTORS, *DECODERS, *BRIDGE, *DATA, *TASKS)
+)
