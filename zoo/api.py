@@ -35,9 +35,10 @@ def build(
         model: A recipe's name, see ``list_models``.
         scale: ``tiny``, ``small``, or None for the published size.
         seed: Seed of all initial weights; every part draws from its own stream, so exchanging one leaves the others
-        bit-equal.
+            bit-equal.
         options: Changes by dotted path, ``{"encoder.width": 96}``.
-        changes: Parts by name (``connector="mlp"``), or fields of parts (``connector={"depth": 3}``), also ``stages="joint"``.
+        changes: Parts by name (``connector="mlp"``), or fields of parts (``connector={"depth": 3}``); also
+            ``stages="joint"``.
 
     Returns:
         A LightningModule; ``.model`` is the plain nn.Module.
@@ -55,7 +56,7 @@ def build_module(recipe: Recipe, seed: int) -> ZooModule:
     from zoo.part import seeded
 
     _, wiring = recipe.wiring
-    model = wiring.build(recipe.parts, seed)  # type: ignore[attr-defined]
+    model = wiring.build(recipe.parts, seed)
     with seeded(seed, "objectives"):
         return ZooModule(model, recipe)
 
@@ -110,7 +111,7 @@ def compose(overrides: list[str] | None = None) -> dict[str, Any]:
 
 @contextmanager
 def own_hydra() -> Iterator[None]:
-    """Give the block a Hydra of its own: its state is one global object, which may already serve another application."""
+    """Give the block a Hydra of its own: its state is one global object, which another application may be using."""
     from hydra.core.global_hydra import GlobalHydra
 
     before = GlobalHydra.instance().hydra

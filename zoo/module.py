@@ -147,7 +147,7 @@ class ZooModule(LightningModule):
         for name in self.active:
             self.objectives[name].after_step(self.model)  # type: ignore[operator]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with the stage's settings; gains, biases, scalars, positions and embeddings of queries are not
         decayed.
         """
@@ -180,7 +180,7 @@ class ZooModule(LightningModule):
             if hasattr(model, name):
                 return getattr(model, name)
             offers = ", ".join(capabilities_of(model)) or "nothing"
-            raise AttributeError(f"{super().__getattr__('recipe').name} does not offer {name}; it offers {offers}")
+            raise AttributeError(f"{self.recipe.name} does not offer {name}; it offers {offers}")
         return super().__getattr__(name)
 
     def _repr_html_(self) -> str:

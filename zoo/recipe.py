@@ -43,6 +43,10 @@ class WiringConfig(PartConfig):
 
     slots: ClassVar[tuple[str, ...]] = ()
 
+    def build(self, parts: Mapping[str, tuple[str, Any]], seed: int) -> Any:
+        """Build the parts, each within ``zoo.part.seeded(seed, slot)``, and join them into a ``zoo.models.base.Model``."""
+        raise TypeError(f"{type(self).__name__} defines no build")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(PartConfig):
@@ -53,6 +57,10 @@ class ObjectiveConfig(PartConfig):
     """
 
     weight: float = 1.0
+
+    def build(self) -> Any:
+        """Build the ``zoo.objectives.base.Objective``."""
+        raise TypeError(f"{type(self).__name__} defines no build")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,8 @@ class RunConfig:
         per_step = self.trainer.devices * self.trainer.nodes * self.trainer.accumulate
         if self.batch_size < 1 or self.batch_size % per_step:
             raise ConfigError(
-                f"batch_size = {self.batch_size} must be a positive multiple of devices x nodes x accumulate = {per_step}"
+                f"batch_size = {self.batch_size} must be a positive multiple of devices x nodes x accumulate = "
+                f"{per_step}"
             )
         self.stage_steps()
         values = dict(self.data)

@@ -43,11 +43,11 @@ def ensure() -> bool:
     import torch
 
     try:
-        torch.ops.load_library(origin)
+        torch.ops.load_library(origin)  # type: ignore[no-untyped-call]
         return False
     except OSError:
         pass
-    library: Any = torch.library.Library("torchvision", "FRAGMENT")
+    library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in _OPERATORS:
         if not hasattr(torch.ops.torchvision, name):
             library.define(name + _SCHEMA)

@@ -5,6 +5,7 @@ directory.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -109,6 +110,9 @@ class Curve(Callback):
         self.seconds += now - self.clock
         self.clock = now
         self.tokens = int(self.tokens)
+        values = torch.stack([value.float().reshape(()) for value in module.report.values()])
+        if trainer.world_size > 1:  # every rank's share counts alike: the loss of the whole batch
+            values = trainer.strategy.reduce(values, reduce_op="mean")
         line = {
             "step": step,
             "samples": step * self.batch_size,
@@ -116,7 +120,7 @@ class Curve(Callback):
             "seconds": round(self.seconds, 3),
             "stage": self.stage,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            **{key: round(float(value), 6) for key, value in module.report.items()},
+            **{key: round(value, 6) for key, value in zip(module.report, values.tolist(), strict=True)},
         }
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
@@ -191,6 +195,28 @@ class Keeper(Callback):
                 signal.signal(number, handler)
 
 
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's hints (workers, loggers, devices) off the terminal; its warnings and errors stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for text in (
+            ".*does not have many workers.*",
+            ".*GPU available but not used.*",
+            ".*no `val_dataloader`.*",
+            ".*LeafSpec.*",
+        ):
+            warnings.filterwarnings("ignore", message=text)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
 def save_checkpoint(trainer: Trainer, path: Path) -> None:
     """Write the Trainer's state atomically.
 
@@ -200,7 +226,8 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(partial)
+        with quiet_lightning():
+            trainer.save_checkpoint(partial, weights_only=False)  # "False" = with the optimizer's state
         if trainer.is_global_zero:
             os.replace(partial, path)
     except (OSError, RuntimeError) as error:
@@ -232,8 +259,7 @@ def make_trainer(config: RunConfig, folder: Path, steps: int, callbacks: list[Ca
     """The Lightning Trainer of one stage; the loop, devices and precision are its business, files are ours."""
     trainer = config.trainer
     several = trainer.devices * trainer.nodes > 1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    with quiet_lightning():
         return Trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
@@ -400,15 +426,14 @@ def train(
             source,
             module.processor,
             order,
-            batch_size=config.batch_size,
-            start_step=offset + start,
+            batch_size=config.batch_size // config.trainer.accumulate,
+            start_step=(offset + start) * config.trainer.accumulate,
             rank=int(os.environ.get("RANK", "0")),
             world_size=ranks,
             workers=config.trainer.workers,
+            pin_memory=torch.cuda.is_available() and config.trainer.accelerator != "cpu",
         )
-        with keeper.listening(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+        with keeper.listening(), quiet_lightning():
             trainer.fit(module, batches, ckpt_path=str(path) if state is not None else None, weights_only=True)
         if trainer.world_size != ranks:
             raise RunError(

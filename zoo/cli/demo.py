@@ -31,8 +31,6 @@ def main(argv: Sequence[str]) -> int:
         outcomes = train([*command, *common])
         if any(o.status == "interrupted" for o in outcomes):
             return 130
-        failed = [o for o in outcomes if o.status == "failed"]
-        if failed:
-            print(f"error: {failed[0].folder}: {failed[0].error}")
+        if any(o.status == "failed" for o in outcomes):
             return 2
     return report([arguments.out])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,6 @@ def main(argv: Sequence[str]) -> int:
     failed = [o for o in outcomes if o.status == "failed"]
     if len(outcomes) > 1:
         print(f"{sum(o.status == 'done' for o in outcomes)} of {len(outcomes)} runs are done")
-        for outcome in failed:
-            print(f"error: {outcome.folder}: {outcome.error}", file=sys.stderr)
     if any(o.status == "interrupted" for o in outcomes):
         return 130
     return 2 if failed else 0
@@ -58,7 +57,7 @@ def train(argv: Sequence[str]) -> list[Outcome]:
     """Run one or more jobs, given as on the command line.
 
     Raises:
-        ZooError: Any job of the command is wrong (found before the first one starts), or the only job failed.
+        ZooError: Any job of the command is wrong; found before the first one starts.
     """
     from zoo.cli.overrides import composed, expand, is_sweep, prepare, to_run, written_keys
 
@@ -83,7 +82,7 @@ def train(argv: Sequence[str]) -> list[Outcome]:
         return []
     for folder, config in configs.items():
         prepare_folder(folder, config)
-    return launch(prepared, multirun, written_keys(overrides), len(configs))
+    return launch(prepared, multirun, written_keys(overrides))
 
 
 def check_offline(config: RunConfig) -> None:
@@ -122,7 +121,7 @@ def show(configs: dict[Path, RunConfig]) -> None:
         Console().print(Syntax(yaml.safe_dump(config.to_plain(), sort_keys=False), "yaml", background_color="default"))
 
 
-def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str], jobs: int) -> list[Outcome]:
+def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str]) -> list[Outcome]:
     """Hand the checked jobs to Hydra's launcher; each job reads its own configuration again and runs it."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -138,7 +137,9 @@ def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str], jobs
             return "interrupted"
         plain: Any = OmegaConf.to_container(config)
         run = to_run(plain, dict(HydraConfig.get().runtime.choices), written)
-        outcomes.append(run_folder(run.directory(str(plain["out"])), run, sweep=jobs > 1))
+        outcomes.append(run_folder(run.directory(str(plain["out"])), run))
+        if outcomes[-1].error:
+            print(f"error: {outcomes[-1].folder}: {outcomes[-1].error}", file=sys.stderr)
         return outcomes[-1].status
 
     store_parts()
@@ -151,16 +152,12 @@ def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str], jobs
     return outcomes
 
 
-def run_folder(folder: Path, config: RunConfig, *, sweep: bool) -> Outcome:
-    """Run one prepared folder here, or on several devices through workers.
-
-    Raises:
-        ZooError: The run failed for a reason the user can mend, and it is the only one.
-    """
+def run_folder(folder: Path, config: RunConfig) -> Outcome:
+    """Run one prepared folder here, or on several devices through workers; a failure is returned, so a sweep goes on."""
     from zoo.cli.progress import Bars
-    from zoo.compare.rundir import status_of
+    from zoo.compare.rundir import Run
 
-    if status_of(folder) == "done":
+    if Run.read(folder).manifest.get("status") == "done":
         print(f"{folder} is done already; delete it to run it again")
         return Outcome(folder, "done")
     devices = config.trainer.devices * config.trainer.nodes
@@ -181,17 +178,15 @@ def run_folder(folder: Path, config: RunConfig, *, sweep: bool) -> Outcome:
     except Interrupted as stop:
         print(f"\ninterrupted at {stop}; the same command goes on from there ({folder})")
         return Outcome(folder, "interrupted")
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from the last checkpoint ({folder})")
+        return Outcome(folder, "interrupted")
     except ZooError as error:
-        if not sweep:
-            raise
-        print(f"error: {error}", file=sys.stderr)
         return Outcome(folder, "failed", str(error))
-    except Exception as error:  # one broken job must not take the sweep with it; the traceback is kept with the run
+    except Exception as error:  # an error of ours or of a library: the traceback is kept with the run
         import traceback
 
-        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        with suppress(OSError):
+            (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
         text = f"{type(error).__name__}: {' '.join(str(error).split())} (see {folder / 'traceback.txt'})"
-        if not sweep:
-            raise RunError(text) from error
-        print(f"error: {text}", file=sys.stderr)
         return Outcome(folder, "failed", text)

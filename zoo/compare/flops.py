@@ -58,7 +58,7 @@ def count(module: ZooModule) -> Flops:
     frozen = sum(_of(forward, module.model, path) for path in frozen_paths(module.model))
     backward = FlopCounterMode(display=False)
     with backward:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     module.zero_grad(set_to_none=True)
     module.train(was)
     return Flops(frozen // BATCH, (both - frozen) // BATCH, backward.get_total_flops() // BATCH)

@@ -32,7 +32,8 @@ class PartRow:
 def part_rows(module: ZooModule) -> list[PartRow]:
     """The parts of a module, in the order tokens pass through them; loose parameters come last as one row."""
     model, recipe = module.model, module.recipe
-    rows, seen = [], set()
+    rows: list[PartRow] = []
+    seen: set[int] = set()
     for path, part in model.parts().items():
         parameters = list(part.parameters())
         seen.update(id(p) for p in parameters)
@@ -82,9 +83,9 @@ def wiring_text(recipe: Recipe) -> str:
         lines.append(f"  {'total':<{width}}  {'':<{names}}  {short(total):>8}  {short(trained)} trained")
         flops = count(module)
         lines.append(
-            f"  FLOPs a sample: {short(flops.frozen_forward)} frozen forward, {short(flops.trainable_forward)}
-            trainable "
-            f"forward, {short(flops.backward)} backward = {short(flops.per_sample)}"
+            f"  FLOPs a sample: {short(flops.frozen_forward)} frozen forward, "
+            f"{short(flops.trainable_forward)} trainable forward, {short(flops.backward)} backward "
+            f"= {short(flops.per_sample)}"
         )
     with torch.device("cpu"):
         for name, layout in module.model.layouts().items():
@@ -101,7 +102,8 @@ def wiring_html(module: ZooModule) -> str:
         boxes.append(
             f'<div style="border:2px solid {colour};border-radius:8px;padding:6px 10px;text-align:center">'
             f"<b>{html.escape(row.path)}</b><br>{html.escape(row.name)}<br>"
-            f'<small>{short(row.parameters)} parameters<br><span style="color:{colour}">{row.state}</span></small></div>'
+            f"<small>{short(row.parameters)} parameters<br>"
+            f'<span style="color:{colour}">{row.state}</span></small></div>'
         )
     arrow = '<div style="align-self:center">&rarr;</div>'
     title = f"{html.escape(module.recipe.name)} <small>scale {module.recipe.scale}, stage {stage.name}</small>"
