@@ -44,7 +44,7 @@ class WiringConfig(PartConfig):
     slots: ClassVar[tuple[str, ...]] = ()
 
     def build(self, parts: Mapping[str, tuple[str, Any]], seed: int) -> Any:
-        """Build the parts, each within ``zoo.part.seeded(seed, slot)``, and join them into a ``zoo.models.base.Model``."""
+        """Build the parts, each within ``zoo.part.seeded(seed, slot)``, and join them: a ``zoo.models.base.Model``."""
         raise TypeError(f"{type(self).__name__} defines no build")
 
 

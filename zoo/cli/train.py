@@ -153,7 +153,7 @@ def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str]) -> l
 
 
 def run_folder(folder: Path, config: RunConfig) -> Outcome:
-    """Run one prepared folder here, or on several devices through workers; a failure is returned, so a sweep goes on."""
+    """Run one prepared folder here, or on several devices through workers; a failure is returned: a sweep goes on."""
     from zoo.cli.progress import Bars
     from zoo.compare.rundir import Run
 

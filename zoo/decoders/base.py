@@ -27,8 +27,10 @@ class Decoder(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no embed")
 
     def forward(self, batch: TokenBatch, cache: Any = None) -> Tensor:
-        """Hidden states [B, T, width] after the final norm. With a cache (``new_cache``), ``batch.embeds`` holds only the new
-        rows while ``batch.layout`` describes every key."""
+        """Hidden states [B, T, width] after the final norm.
+
+        With a cache (``new_cache``), ``batch.embeds`` holds only the new rows while ``batch.layout`` describes every key.
+        """
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """Run a block without autocast on the device of ``x``: losses are computed in fp32 whatever the model's precision."""
+    """Run a block without autocast on the device of ``x``: losses are computed in fp32 whatever the model's
+    precision.
+    """
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # "meta" has no autocast
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.objectives.base import Objective
+from zoo.objectives.base import Objective, full_precision
 from zoo.recipe import ObjectiveConfig
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -93,7 +93,7 @@ class Contrastive(Objective):
             The loss in nats, and ``logit_scale`` (the factor itself) and ``image_to_text_accuracy`` in [0, 1].
         """
         # similarities of unit vectors times up to 100 leave bfloat16 two digits
-        with torch.autocast(outputs["image_embeds"].device.type, enabled=False):
+        with full_precision(outputs["image_embeds"]):
             images, texts = outputs["image_embeds"].float(), outputs["text_embeds"].float()
             scale = outputs["logit_scale"].float().exp()
             several = self.gather != "none" and dist.is_available() and dist.is_initialized()
