@@ -96,6 +96,11 @@ class _Steps(Sampler[int]):
             yield step
             step += 1
 
+    def __len__(self) -> int:
+        if self.stop is None:
+            raise TypeError("the order of samples has no end")
+        return max(0, self.stop - self.start)
+
 
 class StepLoader(DataLoader[Any]):
     """A DataLoader over steps; ``bad`` counts the samples that were skipped, by id."""

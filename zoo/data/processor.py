@@ -251,8 +251,8 @@ class PromptProcessor(_Base):
             images: whether a row shows an image; by default all do.
 
         Returns:
-            ``input_ids [B, T]`` int64, ``attention_mask [B, T]`` bool, ``labels [B, T]`` int64 with -100 on image slots,
-            pads and prompts, and ``text_bytes [B]`` int64, the UTF-8 bytes of the answers.
+            ``input_ids [B, T]`` int64, ``attention_mask [B, T]`` bool, ``labels [B, T]`` int64 with -100 on
+            image slots, pads and prompts, and ``text_bytes [B]`` int64, the UTF-8 bytes of the answers.
 
         Raises:
             DataError: ``max_length`` cuts into the slots of an image.
@@ -270,7 +270,7 @@ class PromptProcessor(_Base):
         return self.encode_rows([((q, t),) for q, t in zip(questions, texts, strict=True)])
 
     def encode_prompts(self, prompts: Sequence[str] | None, count: int, side: Side = "left") -> dict[str, Tensor]:
-        """Return ``input_ids [B, T]`` and ``attention_mask [B, T]`` of ``count`` rows that end where the answer begins."""
+        """Return ``input_ids [B, T]`` and ``attention_mask [B, T]`` of ``count`` rows that end where answers begin."""
         questions = prompts if prompts is not None else [self.prompt] * count
         rows = [self._cached(((q, None),), 1) for q in questions]
         padded = self._pad([r[0] for r in rows], [r[1] for r in rows], side)

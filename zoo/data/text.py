@@ -140,7 +140,7 @@ class BpeTokenizer(TextTokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenMojiBpeConfig(TokenizerConfig):
-    """Byte-level BPE of 1,024 tokens learned on English names of openmoji train splits; nothing is out of vocabulary."""
+    """Byte-level BPE of 1,024 tokens learned on English names of openmoji train splits; any text can be encoded."""
 
     kind: ClassVar[str] = "openmoji-bpe"
 
