@@ -112,13 +112,19 @@ class StepLoader(DataLoader[Any]):
         return self._checked(steps)
 
     def _checked(self, steps: Iterator[_Step]) -> Iterator[Batch]:
-        for step in steps:
-            for id, reason in step.bad:
-                self.bad.add(id, reason)
-            if step.error is not None:
-                raise step.error
-            assert step.batch is not None
-            yield step.batch
+        try:
+            for step in steps:
+                for id, reason in step.bad:
+                    self.bad.add(id, reason)
+                if step.error is not None:
+                    raise step.error
+                assert step.batch is not None
+                yield step.batch
+        finally:
+            # a traceback keeps this frame, and workers left to the garbage collector take five seconds each to end
+            end = getattr(steps, "_shutdown_workers", None)
+            if end is not None:
+                end()
 
 
 def loader(
