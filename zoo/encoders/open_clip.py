@@ -20,7 +20,7 @@ from zoo.encoders.base import Encoder, ImageEncoderConfig, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.part import Features
 
-POOLINGS = ("end", "argmax", "eos")
+POOLINGS = ("end", "argmax")
 
 
 def _library() -> Any:
@@ -249,10 +249,10 @@ class OpenCLIPTextConfig(TextEncoderConfig):
         ffn: Hidden width of the MLP.
         quick_gelu: As for the vision tower.
         eps: Of every LayerNorm.
-        pooling: Token that ``pooled`` is: ``end`` (the last one the mask calls real, or without a mask the largest id),
-            ``argmax`` (the largest id, as OpenAI's code), ``eos`` (the first ``eos_id``, as newer transformers
-            configurations).
-        eos_id: For ``pooling = "eos"``.
+        pooling: Token that ``pooled`` is. ``end``: the first ``eos_id``; in a row without one the last token its
+            mask calls real, or without a mask the largest id. ``argmax``: the largest id, as OpenAI's code has it
+            and transformers for configurations whose ``eos_token_id`` is 2.
+        eos_id: Id of the end of text; another tokenizer's texts are found by their mask.
     """
 
     width: int = 512
@@ -310,8 +310,9 @@ class OpenCLIPText(Encoder):
             raise ConfigError(
                 f"a text has {x.shape[1]} tokens, the text encoder reads {self.context_length}: truncate it"
             )
-        if mask is not None and self.pooling == "end" and x.device.type == "cpu":
-            longest = int(mask.sum(-1).max())  # looking is free on the CPU, and columns of pads only cost time
+        end = self._end(x, mask)
+        if mask is not None and x.device.type == "cpu":  # where looking is free; columns of pads only cost time
+            longest = max(int(end.max()) + 1, int(mask.sum(-1).max()))
             x, mask = x[:, :longest], mask[:, :longest]
         length = x.shape[1]
         tower = self.tower
@@ -320,12 +321,13 @@ class OpenCLIPText(Encoder):
         hidden = tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length])
         hidden = tower.ln_final(hidden)
         rows = torch.arange(x.shape[0], device=x.device)
-        return Features(hidden, None if mask is None else mask.bool(), hidden[rows, self._end(x, mask)])
+        return Features(hidden, None if mask is None else mask.bool(), hidden[rows, end])
 
     def _end(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Index [B] of the pooled token."""
-        if self.pooling == "eos":
-            return (ids == self.eos_id).int().argmax(-1)
-        if self.pooling == "argmax" or mask is None:
-            return ids.argmax(-1)
-        return mask.long().sum(-1) - 1
+        largest = ids.argmax(-1)
+        if self.pooling == "argmax":
+            return largest
+        ends = ids == self.eos_id
+        otherwise = largest if mask is None else mask.long().sum(-1) - 1
+        return torch.where(ends.any(-1), ends.int().argmax(-1), otherwise)

@@ -1,1 +1,13 @@
-"""Loading and saving weights: zoo checkpoints, transformers folders, official files."""
+"""Loading and saving weights: zoo checkpoints, transformers folders, official files.
+
+A zoo checkpoint is a folder with ``recipe.json``, ``model.safetensors`` and ``tokenizer/``. Nothing that is loaded
+is run: tensors come from safetensors or from torch files that hold nothing else.
+"""
+
+from __future__ import annotations
+
+from zoo.weights.load import load, load_model
+from zoo.weights.report import LoadReport
+from zoo.weights.save import save
+
+__all__ = ["LoadReport", "load", "load_model", "save"]

@@ -1,0 +1,81 @@
+"""Layouts of other libraries' checkpoints: what recipe they are, and where each tensor goes.
+
+``TRANSFORMERS`` names, for the ``model_type`` of a ``config.json``, a function ``(config, folder) -> Official``;
+``FILES`` names, for a recipe, a function ``(recipe, state) -> Official`` that reads a bare file given with
+``model="clip-vit-b-32"``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import WeightsError, near
+from zoo.recipe import Recipe
+from zoo.weights.keymaps import KeyMap
+
+TRANSFORMERS: dict[str, str] = {
+    "clip": "zoo.weights.formats.clip:from_transformers",
+}
+"""``model_type`` -> "module:function"."""
+
+FILES: dict[str, str] = dict.fromkeys(
+    (
+        *("clip", "clip-vit-b-16", "clip-vit-l-14", "clip-vit-l-14-336"),
+        *("clip-rn50", "clip-rn101", "clip-rn50x4", "clip-rn50x16", "clip-rn50x64"),
+    ),
+    "zoo.weights.formats.clip:from_state",
+)
+"""Recipe name -> "module:function"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Official:
+    """A checkpoint of another library, understood.
+
+    Attributes:
+        recipe: The model its configuration describes, exactly.
+        keymap: Its names to ours.
+        form: What to call it in reports.
+        ignored: Templates of its names that may be left (beside those the map drops).
+        new: Templates of our names it does not have.
+    """
+
+    recipe: Recipe
+    keymap: KeyMap
+    form: str
+    ignored: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+
+
+def transformers_format(config: Mapping[str, Any], folder: Path) -> Official:
+    """Understand a transformers folder by its ``model_type``.
+
+    Raises:
+        WeightsError: A type the zoo does not read; the message lists near ones.
+    """
+    kind = str(config.get("model_type", ""))
+    if kind not in TRANSFORMERS:
+        raise WeightsError(
+            f"{str(folder)!r} is a transformers checkpoint of type {kind!r}, which the zoo does not read"
+            f"{near(kind, TRANSFORMERS)}"
+        )
+    official: Official = _function(TRANSFORMERS[kind])(config, folder)
+    return official
+
+
+def file_format(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:
+    """Understand a bare state dict of ``recipe``; None when the zoo knows no other layout of it."""
+    if recipe.model not in FILES:
+        return None
+    official: Official = _function(FILES[recipe.model])(recipe, state)
+    return official
+
+
+def _function(ref: str) -> Callable[..., Any]:
+    module, _, name = ref.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function

@@ -1,0 +1,229 @@
+"""Loading: from a zoo checkpoint, a transformers or open_clip folder, a bare file, or a hub id, to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ConfigError, WeightsError
+from zoo.models.base import Model
+from zoo.recipe import SLOTS, Recipe, resolve
+from zoo.registry import to_plain
+from zoo.weights.files import State, locate, read_file, read_folder, read_json
+from zoo.weights.formats import Official, file_format, transformers_format
+from zoo.weights.keymaps import KeyMap, _pattern
+from zoo.weights.report import LoadReport, some
+from zoo.weights.save import RECIPE, TOKENIZER
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint read and mapped to our names; no model exists yet."""
+
+    official: Official
+    state: State
+    report: LoadReport
+    folder: Path
+
+
+def load(source: str | Path, model: str | None = None, *, strict: bool = True) -> tuple[Recipe, State, LoadReport]:
+    """Read a checkpoint without building its model.
+
+    Args:
+        source: A zoo checkpoint folder, a transformers or open_clip folder, a weight file with ``model``, or a hub id.
+        model: The recipe a bare file belongs to.
+        strict: Raise on names in the checkpoint that no rule of its key map knows.
+
+    Returns:
+        The recipe it describes, its tensors under the zoo's names, and what was left.
+
+    Raises:
+        WeightsError: Unsafe, damaged, or of an unknown layout.
+    """
+    checkpoint = _read(source, model, strict)
+    return checkpoint.official.recipe, checkpoint.state, checkpoint.report
+
+
+def load_model(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    strict: bool = True,
+) -> tuple[Model, Recipe, LoadReport]:
+    """Build a checkpoint's model and fill it, completely or not at all.
+
+    Args:
+        source, model: As ``load``.
+        changes: Parts and fields to change, as in ``zoo.build``. An exchanged part keeps its new weights, and so
+            does a part whose changed fields give its tensors other shapes; what such a change touches in the wiring
+            is new as well.
+        seed: Seed of the weights that are new.
+        strict: Raise on missing and unexpected names that neither the key map nor a change explains; shapes always
+            must fit.
+
+    Returns:
+        The model in training mode, its recipe with the changes, and what was loaded, is new, or was left.
+
+    Raises:
+        WeightsError: As ``load``, or names or shapes that do not fit.
+        ConfigError: Wrong changes.
+    """
+    checkpoint = _read(source, model, strict)
+    stored = checkpoint.official.recipe
+    recipe = stored.with_(**dict(changes)) if changes else stored
+    network: Model = recipe.wiring[1].build(recipe.parts, seed)
+    report = _fill(network, checkpoint, _touched(stored, recipe), strict)
+    saved = checkpoint.folder / TOKENIZER
+    if saved.is_dir() and hasattr(network, "tokenizer") and _same_tokenizer(stored, recipe):
+        from zoo.data.text import load_tokenizer
+
+        setattr(network, "tokenizer", load_tokenizer(saved))  # noqa: B010  what has a tokenizer takes one
+    return network, recipe, report
+
+
+def _read(source: str | Path, model: str | None, strict: bool) -> _Checkpoint:
+    path = locate(source)
+    if path.is_file():
+        official, state = _bare_file(path, model)
+    elif (path / RECIPE).is_file():
+        official, state = _zoo_folder(path), read_folder(path)
+    elif (path / "open_clip_config.json").is_file():
+        from zoo.weights.formats.clip import from_open_clip
+
+        official, state = from_open_clip(path), read_folder(path, _stem(path))
+    elif (path / "config.json").is_file():
+        official = transformers_format(read_json(path / "config.json"), path)
+        state = read_folder(path)
+    else:
+        raise WeightsError(
+            f"{str(path)!r} is no checkpoint: expected {RECIPE}, config.json or open_clip_config.json in it"
+        )
+    mapped, unknown = state, list[str]()
+    if official.keymap.rules:  # else already under our names
+        mapped, unknown = official.keymap.load(state)
+    strange = [name for name in unknown if not _fits(name, official.ignored)]
+    if strange and strict:
+        raise WeightsError(
+            f"{str(path)!r} has {len(strange)} tensors that {official.form} does not name: {some(strange)}; "
+            "is it of another model? (strict=False leaves them)"
+        )
+    report = LoadReport(
+        source=str(source),
+        form=official.form,
+        loaded=sorted(mapped),
+        renamed=sum(name not in state for name in mapped),
+        ignored=unknown,
+    )
+    return _Checkpoint(official, mapped, report, path if path.is_dir() else path.parent)
+
+
+def _zoo_folder(folder: Path) -> Official:
+    try:
+        recipe = Recipe.from_plain(read_json(folder / RECIPE))
+    except ConfigError as error:
+        raise WeightsError(f"{RECIPE} of {str(folder)!r} does not fit this version: {error}") from error
+    return Official(recipe=recipe, keymap=KeyMap(), form="zoo")
+
+
+def _stem(folder: Path) -> str:
+    names = ("open_clip_model", "open_clip_pytorch_model", "model")
+    return next((n for n in names if list(folder.glob(f"{n}.safetensors*"))), names[0])
+
+
+def _bare_file(path: Path, model: str | None) -> tuple[Official, State]:
+    if model is None:
+        raise WeightsError(f"{path.name} is a bare weight file: say which recipe it belongs to with model='clip', ...")
+    recipe = resolve(model)
+    state = read_file(path)
+    return file_format(recipe, state) or Official(recipe=recipe, keymap=KeyMap(), form="zoo"), state
+
+
+# -- filling -----------------------------------------------------------------------------------------------------------
+
+
+def _touched(stored: Recipe, recipe: Recipe) -> dict[str, bool]:
+    """Slots that a change touched -> whether the part was exchanged for another."""
+    out: dict[str, bool] = {}
+    for slot in SLOTS:
+        was, now = stored.parts.get(slot), recipe.parts.get(slot)
+        if now is None or was == now:
+            continue
+        out[slot] = was is None or was[0] != now[0]
+    if stored.wiring[0] != recipe.wiring[0] or to_plain(stored.wiring[1]) != to_plain(recipe.wiring[1]):
+        out["wiring"] = False
+    return out
+
+
+def _same_tokenizer(stored: Recipe, recipe: Recipe) -> bool:
+    def names(r: Recipe) -> list[Any]:
+        return [getattr(r.parts[s][1], "tokenizer", None) for s in ("text_encoder", "decoder") if s in r.parts]
+
+    return names(stored) == names(recipe)
+
+
+def _fill(network: Model, checkpoint: _Checkpoint, touched: dict[str, bool], strict: bool) -> LoadReport:
+    """Load what fits; everything that does not must be explained by a change, the key map, or ``strict=False``."""
+    own = network.state_dict()
+    state = dict(checkpoint.state)
+    exchanged = [slot for slot, other in touched.items() if other]
+    for slot, other in touched.items():
+        if not other and slot != "wiring" and _reshaped(slot, own, state):
+            exchanged.append(slot)
+    for name in [n for n in state if n.split(".")[0] in exchanged]:
+        del state[name]
+    slots = {name.split(".")[0] for name in own} & set(SLOTS)
+    new, left = [], []
+    for name in [n for n in state if n not in own]:
+        if not touched or not _explained(name, touched, slots):
+            left.append(name)
+        del state[name]
+    reshaped = [n for n, t in state.items() if t.shape != own[n].shape]
+    for name in reshaped:
+        if not touched or name.split(".")[0] in slots:
+            raise WeightsError(
+                f"{name} is {tuple(state[name].shape)} in {checkpoint.report.source!r} and {tuple(own[name].shape)} in "
+                f"the model ({len(reshaped)} such tensors): use the sizes of the checkpoint"
+            )
+        del state[name]
+    filled = {own[n].data_ptr() for n in state if own[n].numel()}
+    lost = []
+    for name, tensor in own.items():
+        if name in state or (tensor.numel() and tensor.data_ptr() in filled):  # a tied tensor is filled with its twin
+            continue
+        if name.split(".")[0] in exchanged:
+            continue
+        if _fits(name, checkpoint.official.new) or (touched and _explained(name, touched, slots)):
+            new.append(name)
+        else:
+            lost.append(name)
+    if strict and (lost or left):
+        parts = [f"lacks {len(lost)} tensors of the model: {some(lost)}"] if lost else []
+        parts += [f"has {len(left)} tensors the model does not: {some(left)}"] if left else []
+        raise WeightsError(f"{checkpoint.report.source!r} {' and '.join(parts)} (strict=False loads the rest)")
+    network.load_state_dict(state, strict=False)
+    return dataclasses.replace(
+        checkpoint.report,
+        loaded=sorted(state),
+        new_parts=tuple(exchanged),
+        new=sorted([*new, *lost]),
+        ignored=sorted({*checkpoint.report.ignored, *left}),
+    )
+
+
+def _reshaped(slot: str, own: Mapping[str, Any], state: State) -> bool:
+    return any(n.startswith(slot + ".") and n in own and own[n].shape != t.shape for n, t in state.items())
+
+
+def _explained(name: str, touched: dict[str, bool], slots: set[str]) -> bool:
+    """A change explains names inside the parts it touched, and, in the wiring, those that join them."""
+    top = name.split(".")[0]
+    return top in touched or top not in slots
+
+
+def _fits(name: str, templates: Iterable[str]) -> bool:
+    return any(_pattern(t).fullmatch(name) for t in templates)
