@@ -184,6 +184,13 @@ def test_nothing_readable_is_an_error(damaged: Folder, tmp_path: Path) -> None:
         take(loader(damaged, Ids(), SampleOrder(damaged.ids("train")), 10), 1)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs CUDA")
+def test_batches_are_pinned_when_asked(parts: tuple[OpenMoji, PairProcessor, SampleOrder]) -> None:
+    (batch,) = take(loader(*parts, 8, pin_memory=True), 1)
+    assert all(value.is_pinned() for value in batch.values())
+
+
 def test_to_device_moves_every_tensor() -> None:
     moved = to_device({"a": torch.ones(2), "b": torch.zeros(1)}, torch.device("meta"))
     assert [v.device.type for v in moved.values()] == ["meta", "meta"]

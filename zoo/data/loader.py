@@ -26,6 +26,11 @@ class _Step:
     error: ZooError | None
     bad: tuple[tuple[str, str], ...]
 
+    def pin_memory(self) -> _Step:
+        """Pin the batch: the DataLoader pins what it knows, and any other object that offers this method."""
+        batch = None if self.batch is None else {name: value.pin_memory() for name, value in self.batch.items()}
+        return _Step(batch, self.error, self.bad)
+
 
 class StepDataset(Dataset[_Step]):
     """The batch of a step is a pure function of the step, so that any worker may make any of them."""
