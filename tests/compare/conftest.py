@@ -17,12 +17,19 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-LAYOUT = """sequence  image 4 · text 3
-       i i i i t t t
-image  ■ ■ ■ ■ · · ·
-image  ■ ■ ■ ■ · · ·
-text   ■ ■ ■ ■ ■ · ·
-text   ■ ■ ■ ■ ■ ■ ·"""
+LAYOUT = """caption
+7 tokens, 0 pads, attention: table. Rows read columns:
+           image  text
+image (4)  all    past
+text (3)   past   past
+
+image      ■■■■···
+           ■■■■···
+           ■■■■···
+           ■■■■···
+text       ■■■■■··
+           ■■■■■■·
+           ■■■■■■■"""
 
 COLORS = ("crimson", "royalblue", "seagreen", "orange", "purple", "teal")
 
@@ -158,6 +165,7 @@ def fabricate(
     write("naming", {"top1": top, "reciprocal_rank": [1.0 if t else 0.2 for t in top]})
     metrics["naming"] = {"top1": sum(top) / items, "mrr": sum(1.0 if t else 0.2 for t in top) / items}
     (path / "metrics.json").write_text(json.dumps(metrics))
+    part = name.rpartition("=")[2]
     samples = [
         {
             "id": f"icon-{n}",
@@ -165,7 +173,7 @@ def fabricate(
             "reference": f"name of icon {n}",
             "output": ["red heart", "smiling face", f"icon {n}"]
             if towers
-            else f"{name.split('=')[-1]} says icon {n + (n % 3)}",
+            else [f"name of icon {n}", f"{part} shows icon {n}"][n % 2],
             "outputs": {"naming": {"kind": "written", "rank": 1 + n % 3, "output": "x"}},
         }
         for n in range(12)

@@ -33,11 +33,10 @@ class Column:
         return self.task, self.metric
 
     def text(self, value: float, signed: bool = False) -> str:
-        """Format a value of this metric: shares as percent with one decimal, else three significant decimals."""
-        if self.info.percent:
-            return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
-        digits = 1 if "rank" in self.metric and "reciprocal" not in self.metric else 3
-        return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+        """Format a value: shares as percent with one decimal, ranks with one, anything else with three."""
+        digits = 1 if self.info.percent or self.metric.endswith("median_rank") else 3
+        number = f"{100 * value if self.info.percent else value:{'+' if signed else ''}.{digits}f}"
+        return number.replace("-", "\u2212")
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,10 @@ class Row:
     def comparable(self) -> bool:
         return not self.flags
 
+    def has(self, task: str) -> bool:
+        """Whether the row was measured on ``task``."""
+        return any(key[0] == task for key in self.cells)
+
     @property
     def seeds(self) -> tuple[str, ...]:
         return tuple(run.seed for run in self.runs)
@@ -117,6 +120,11 @@ class Leaderboard:
         return tuple(dict.fromkeys(c.task for c in self.columns))
 
     @property
+    def overview(self) -> tuple[Column, ...]:
+        """The columns of the overview; all columns when none is meant for it."""
+        return tuple(c for c in self.columns if not c.info.detail) or self.columns
+
+    @property
     def primary(self) -> tuple[Column, ...]:
         """One column a task: the one that plots show."""
         chosen = {}
@@ -130,8 +138,10 @@ def build_leaderboard(runs: Sequence[Run], baseline: str | None = None) -> Leade
     """Group finished runs over seeds, flag what is not comparable, and take differences to the baseline.
 
     Args:
-        baseline: name of the row to compare with. Without one, hashes are held against the first row, and each metric's
-            differences are taken to the first control that has it, else to the first row that has it.
+        baseline: name of the row to compare with. Without one, hashes are held against the first of the rows whose
+            conditions most rows share, and each metric's differences are taken to the first control that has it, else
+            to
+            the first row that has it.
 
     Raises:
         RunError: there is no such baseline.
@@ -148,7 +158,7 @@ def build_leaderboard(runs: Sequence[Run], baseline: str | None = None) -> Leade
             raise RunError(f"the baseline {baseline!r} is no finished run: no run is finished yet")
         return Leaderboard((), (), "", {}, unfinished, tuple(warnings))
 
-    reference = rows[0]
+    reference = max(rows, key=lambda row: sum(_same_conditions(row, other) for other in rows))  # the first of equals
     if baseline is not None:
         named = [row for row in rows if row.name == baseline]
         if not named:
@@ -243,6 +253,10 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         found = [(metric, metric_info(task, metric)) for metric in order]
         columns += [Column(task, metric, info) for metric, info in found if info is not None]
     return tuple(columns)
+
+
+def _same_conditions(row: Row, other: Row) -> bool:
+    return all(row.runs[0].hashes.get(kind) == other.runs[0].hashes.get(kind) for kind in HASHES if kind != "order")
 
 
 def _flags(row: Row, reference: Row) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ class MetricInfo:
         denominator: item column that is summed and divided by; ``""`` divides by the number of items.
         percent: shown times 100.
         primary: the one metric of the task that plots and summaries show.
+        detail: shown only in the task's own table, not in the overview.
         help: one line for the reader of a report.
     """
 
@@ -30,6 +31,7 @@ class MetricInfo:
     denominator: str = ""
     percent: bool = False
     primary: bool = False
+    detail: bool = False
     help: str = ""
 
 
@@ -41,6 +43,7 @@ def _recall(way: str, k: int, primary: bool = False) -> MetricInfo:
         denominator="" if image_first else "captions",
         percent=True,
         primary=primary,
+        detail=k != 1,
         help=f"{'images that find one of their captions' if image_first else 'captions that find their image'} "
         f"among the first {k}",
     )
@@ -50,8 +53,12 @@ METRICS: dict[str, dict[str, MetricInfo]] = {
     "retrieval": {
         **{f"i2t_r{k}": _recall("i2t", k, primary=k == 1) for k in (1, 5, 10)},
         **{f"t2i_r{k}": _recall("t2i", k) for k in (1, 5, 10)},
-        "i2t_median_rank": MetricInfo(label="I→T median rank", higher_is_better=False, help="1 is best"),
-        "t2i_median_rank": MetricInfo(label="T→I median rank", higher_is_better=False, help="1 is best"),
+        "i2t_median_rank": MetricInfo(
+            label="I→T median", higher_is_better=False, detail=True, help="median rank of the right one; 1 is best"
+        ),
+        "t2i_median_rank": MetricInfo(
+            label="T→I median", higher_is_better=False, detail=True, help="median rank of the right one; 1 is best"
+        ),
     },
     "caption-likelihood": {
         "bits_per_byte": MetricInfo(
@@ -70,16 +77,18 @@ METRICS: dict[str, dict[str, MetricInfo]] = {
             numerator="top1",
             percent=True,
             primary=True,
-            help="the true name ranks first among the candidate names",
+            help="the true name ranks first among the candidates; models that only embed rank by similarity",
         ),
         "mrr": MetricInfo(
             label="name MRR",
             numerator="reciprocal_rank",
+            detail=True,
             help="mean reciprocal rank of the true name",
         ),
         "top1_per_byte": MetricInfo(
             label="top-1 per byte",
             numerator="top1_per_byte",
+            detail=True,
             percent=True,
             help="the same ranking by log-likelihood divided by the name's length in bytes",
         ),
