@@ -227,13 +227,13 @@ def _thin(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the exponential moving average over about a fortieth of the curve, without the start's bias."""
-    decay = 1 - 1 / max(2.0, len(points) / 20)
-    total = weight = 0.0
+    """Return the centred moving average over about a thirtieth of the curve; it does not lag behind a falling loss."""
+    half = max(1, len(points) // 60)
     smoothed = []
-    for x, y in points:
-        total, weight = decay * total + (1 - decay) * y, decay * weight + (1 - decay)
-        smoothed.append((x, total / weight))
+    for n, (x, _) in enumerate(points):
+        reach = min(half, n, len(points) - 1 - n)  # symmetric, so that the ends keep their values
+        window = [y for _, y in points[n - reach : n + reach + 1]]
+        smoothed.append((x, sum(window) / len(window)))
     return smoothed
 
 

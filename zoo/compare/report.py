@@ -315,6 +315,7 @@ def _wiring(row: Row) -> list[dict[str, Any]]:
             "path": str(p.get("path", "")),
             "name": str(p.get("name", "")),
             "parameters": charts.compact(n),
+            "after": not str(p.get("path", "")).endswith("encoder"),  # an encoder reads the data, not the part above it
             "share": round(100 * n / most, 1),
             "state": "no weights" if not n else "trained" if p.get("trained") else "frozen",
         }

@@ -1,0 +1,76 @@
+"""What every model's capabilities must hold, as a function that tests of built-in parts and of plugins call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.capabilities import EmbedImages, EmbedTexts, GenerateText, Match, ScoreText, ScoreTexts, capabilities_of
+
+
+def check_capabilities(
+    model: Any, images: Sequence[Any], texts: Sequence[str], tolerance: float = 1e-4, max_new_tokens: int = 8
+) -> tuple[str, ...]:
+    """Check that results depend on their own row only, have the stated shapes, and leave the training mode as it was.
+
+    Every capability is called on all rows at once and on each row alone; results must agree. Give texts of different
+    lengths, so that padding is part of the test.
+
+    Args:
+        images: N images; texts: N texts.
+        tolerance: largest absolute difference allowed in fp32.
+
+    Returns:
+        The capabilities that were checked.
+
+    Raises:
+        AssertionError: naming the capability and what it broke.
+    """
+    images, texts = list(images), list(texts)
+    assert len(images) == len(texts) > 1, "give at least two images and as many texts"
+    was_training = getattr(model, "training", None)
+    if isinstance(model, EmbedImages):
+        _check_unit("embed_images", _alike("embed_images", model.embed_images, (images,), tolerance), len(images))
+    if isinstance(model, EmbedTexts):
+        _check_unit("embed_texts", _alike("embed_texts", model.embed_texts, (texts,), tolerance), len(texts))
+    if isinstance(model, ScoreText):
+        scores = _alike("score_text", model.score_text, (images, texts), tolerance)
+        assert scores.shape == (len(texts),), f"score_text gives {tuple(scores.shape)}, expected ({len(texts)},)"
+        assert bool((scores <= tolerance).all()), "score_text gives log-likelihoods above nought"
+    if isinstance(model, Match):
+        matches = _alike("match", model.match, (images, texts), tolerance)
+        assert matches.shape == (len(texts),), f"match gives {tuple(matches.shape)}, expected ({len(texts)},)"
+    if isinstance(model, ScoreTexts):
+        table = _alike("score_candidates", model.score_candidates, (images, [texts] * len(images)), tolerance)
+        assert table.shape == (len(images), len(texts)), f"score_candidates gives {tuple(table.shape)}"
+        if isinstance(model, ScoreText):
+            diagonal = model.score_text(images, texts)
+            worst = float((table.diagonal() - diagonal).abs().max())
+            assert worst <= tolerance, f"score_candidates differs from score_text by {worst:.2e}"
+    if isinstance(model, GenerateText):
+        together = model.generate_text(images, max_new_tokens=max_new_tokens)
+        alone = [model.generate_text([image], max_new_tokens=max_new_tokens)[0] for image in images]
+        assert together == alone, f"generate_text depends on the batch: {together} together, {alone} alone"
+    assert getattr(model, "training", None) == was_training, "a capability changed the training mode"
+    return capabilities_of(model)
+
+
+def _alike(name: str, call: Callable[..., Tensor], columns: tuple[list[Any], ...], tolerance: float) -> Tensor:
+    """Return the result of all rows at once, checked against each row alone."""
+    together = call(*columns)
+    assert not together.requires_grad, f"{name} keeps gradients: run it under torch.inference_mode"
+    alone = torch.cat([call(*([value] for value in row)) for row in zip(*columns, strict=True)])
+    assert together.shape == alone.shape, f"{name}: {tuple(together.shape)} together, {tuple(alone.shape)} alone"
+    worst = float((together - alone).abs().max())
+    assert worst <= tolerance, f"{name} depends on the batch: rows differ by {worst:.2e}, allowed {tolerance:.0e}"
+    return together
+
+
+def _check_unit(name: str, vectors: Tensor, count: int) -> None:
+    assert vectors.ndim == 2, f"{name} gives {tuple(vectors.shape)}, expected ({count}, D)"
+    assert len(vectors) == count, f"{name} gives {len(vectors)} rows for {count} inputs"
+    worst = float((vectors.norm(dim=-1) - 1).abs().max())
+    assert worst < 1e-4, f"{name} gives rows of other than unit length, off by {worst:.2e}"
