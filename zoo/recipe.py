@@ -372,7 +372,11 @@ def _resolve(
         cls = catalogue()[kind].config_class(name)
         known = {f.name for f in dataclasses.fields(cls)}
         fitting = body if picked.get(kind) == file.choices.get(kind) else {k: v for k, v in body.items() if k in known}
-        base = catalogue()[kind].parse(name, fitting, where).scaled(scale.sizes)
+        published = catalogue()[kind].parse(name, fitting, where)
+        try:
+            base = published.scaled(scale.sizes)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where} {name!r} does not take scale {scale.name!r}: {error}") from error
         return parse(cls, merge(to_plain(base), user), where)
 
     def section(key: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -400,7 +404,7 @@ def _resolve(
     for slot in wiring.slots:
         name = picked.get(slot)
         if name is None:
-            raise ConfigError(f"{model} ({wiring_name}) needs a {slot}; known: {', '.join(catalogue()[slot].names())}")
+            raise ConfigError(f"{model} ({wiring_name}) has no {slot}; known: {', '.join(catalogue()[slot].names())}")
         parts[slot] = (name, config(slot, name, slot, *section(slot)))
     for slot in SLOTS:
         if slot not in wiring.slots and (choices.get(slot) is not None or values.get(slot)):

@@ -76,7 +76,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-
 from zoo.connectors.base import Connector, ConnectorConfig
 from zoo.part import Features
 
