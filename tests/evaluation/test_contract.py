@@ -69,5 +69,5 @@ def test_a_fast_door_must_agree_with_the_slow_one(inputs: Any, writer: Any) -> N
     good = Fast()
     assert "score_candidates" in check_capabilities(good, *inputs)
     good.offset = 0.1
-    with pytest.raises(AssertionError, match="differs from score_text by 1.00e-01"):
+    with pytest.raises(AssertionError, match=r"differs from score_text by 1\.00e-01"):
         check_capabilities(good, *inputs)
