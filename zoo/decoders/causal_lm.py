@@ -37,6 +37,19 @@ LLAMA_SIZES = {
 }
 
 
+NOT_ARCHITECTURE = {
+    "model_type", "vocab_size", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path",
+    "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "use_cache", "return_dict", "id2label", "label2id",
+    "problem_type", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder",
+    "_attn_implementation", "attn_implementation", "pretraining_tp", "auto_map", "quantization_config",
+}  # fmt: skip
+"""Keys of a ``config.json`` that change no tensor of a model built for the zoo."""
+
+STATED = {"rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_parameters", "tie_word_embeddings"}
+"""Options that are written out even where they are the family's default: a preset may say otherwise, and options are
+merged."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CausalLMConfig(DecoderConfig):
     """A transformers causal LM by family and size. Defaults: a Llama of SmolLM2-135M's size.
@@ -115,32 +128,43 @@ class CausalLMConfig(DecoderConfig):
     def build(self) -> CausalLM:
         return CausalLM(self)
 
+    @staticmethod
+    def complete(family: str, section: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The plain values of a ``config.json`` section with the family's defaults for what it leaves out; None for a
+        family
+        that is no causal LM of transformers."""
+        from zoo.torchvision_ops import ensure
+
+        ensure()
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return None
+        values = {key: value for key, value in section.items() if key != "model_type"}
+        plain: dict[str, Any] = CONFIG_MAPPING[family].from_dict(values).to_dict()
+        return plain
+
     @classmethod
     def from_library(cls, config: Mapping[str, Any], tokenizer: str) -> CausalLMConfig:
-        """The fields that rebuild the model of a ``config.json``'s (text) section.
+        """The fields that rebuild the model of a ``config.json``'s text section.
 
         Args:
-            config: The plain values, as ``PreTrainedConfig.to_dict`` of the full configuration gives them.
+            config: The plain values, as ``complete`` gives them.
             tokenizer: Name of the text tokenizer.
         """
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
         family = str(config["model_type"])
         names = {**LLAMA_SIZES, **SIZES.get(family, {})}
         fields = {size: config[key] for size, key in names.items() if key and config.get(key) is not None}
-        skip = {
-            "model_type", "vocab_size", "architectures", "transformers_version", "dtype", "torch_dtype",
-            "_name_or_path",
-            "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "use_cache", "return_dict", "id2label",
-            "label2id", "problem_type", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
-            "is_encoder_decoder", "_attn_implementation", "attn_implementation", "pretraining_tp", "auto_map",
-            "quantization_config", *names.values(),
-        }  # fmt: skip
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
         default = CONFIG_MAPPING[family]().to_dict()
+        derived = {"word_embed_proj_dim": fields["width"], "head_dim": fields["width"] // fields["heads"]}
         options = {
             key: value
             for key, value in config.items()
-            if key not in skip and key in default and value != default[key] and value is not None
+            if key in default and value is not None and (value != default[key] or key in STATED)
+            if key not in NOT_ARCHITECTURE and key not in names.values() and value != derived.get(key)
         }
         return cls(family=family, vocab_size=config["vocab_size"], tokenizer=tokenizer, options=options, **fields)
 

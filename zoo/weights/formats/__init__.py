@@ -19,6 +19,9 @@ from zoo.weights.keymaps import KeyMap
 
 TRANSFORMERS: dict[str, str] = {
     "clip": "zoo.weights.formats.clip:from_transformers",
+    "llava": "zoo.weights.formats.llava:from_transformers",
+    "llava_llama": "zoo.weights.formats.llava:from_transformers",
+    "blip-2": "zoo.weights.formats.blip2:from_transformers",
 }
 """``model_type`` -> "module:function"."""
 
@@ -29,6 +32,8 @@ FILES: dict[str, str] = dict.fromkeys(
     ),
     "zoo.weights.formats.clip:from_state",
 )
+FILES |= dict.fromkeys(("llava", "llava-1.5", "llava-1.5-13b"), "zoo.weights.formats.llava:from_state")
+FILES |= dict.fromkeys(("blip2-opt", "blip2-opt-6.7b"), "zoo.weights.formats.blip2:from_state")
 """Recipe name -> "module:function"."""
 
 
