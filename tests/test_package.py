@@ -308,7 +308,7 @@ def effects(body: list[ast.stmt], own: set[str]) -> Iterator[str]:
                     method = isinstance(call.func, ast.Attribute) and isinstance(
                         call.func.value, ast.Constant | ast.Call
                     )
-                    if function not in CALLS | own and not method:
+                    if function not in CALLS and function.split(".")[0] not in own and not method:
                         yield ast.unparse(call)
         elif not isinstance(node, plain) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             yield ast.unparse(node)
