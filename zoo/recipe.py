@@ -15,7 +15,7 @@ from zoo.errors import ConfigError, near
 from zoo.part import PartConfig
 from zoo.plugin import catalogue
 from zoo.recipe_files import SECTIONS, SLOTS, RecipeFile, Scale, read_recipe, read_scale, scales
-from zoo.registry import KINDS, parse, to_plain
+from zoo.registry import KINDS, parse, refuse_code, to_plain
 
 __all__ = [
     "JOINT",
@@ -175,6 +175,7 @@ class Recipe:
         Raises:
             ConfigError: Another format, an unknown name or field, a wrong type.
         """
+        refuse_code(plain, "recipe")
         if plain.get("format") != 1:
             raise ConfigError(
                 f"recipe format {plain.get('format')!r} is unknown to this version, expected 1: update mmzoo"

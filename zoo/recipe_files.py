@@ -14,7 +14,7 @@ from typing import Any
 from zoo.errors import ConfigError, near
 from zoo.part import SIZE_FIELDS
 from zoo.plugin import catalogue
-from zoo.registry import parse
+from zoo.registry import parse, refuse_code
 
 SLOTS = ("encoder", "text_encoder", "connector", "decoder")
 """The part kinds a recipe may fill, each a Hydra group of the same name."""
@@ -81,6 +81,7 @@ def read_recipe(model: str) -> RecipeFile:
     catalogue()["model"].get(model)
     path = catalogue().recipes[model]
     content = _yaml(path)
+    refuse_code(content, path.name)
     if not content:
         raise ConfigError(f"recipe {path.name} is empty, expected defaults and fields")
     choices: dict[str, Any] = {}

@@ -163,6 +163,26 @@ def parse(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{path} = {got!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
 
 
+def refuse_code(plain: Any, where: str) -> None:
+    """Refuse ``_target_``, ``_partial_`` and the like anywhere in a configuration: names go through the registry only.
+
+    Raises:
+        ConfigError: Such a key, with its path.
+    """
+    if isinstance(plain, Mapping):
+        for key, value in plain.items():
+            if str(key).strip("+~").split(".")[-1] in CODE_KEYS:
+                raise ConfigError(f"{where}.{key} is refused: configurations name parts of the registry, never code")
+            refuse_code(value, f"{where}.{key}")
+    elif isinstance(plain, list | tuple):
+        for index, value in enumerate(plain):
+            refuse_code(value, f"{where}.{index}")
+
+
+CODE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_", "_call_", "_component_")
+"""Keys by which Hydra and others turn a configuration into calls."""
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """The fields of a Config as JSON-like values; the inverse of ``parse``."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))

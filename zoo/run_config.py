@@ -15,7 +15,7 @@ from zoo.errors import ConfigError, RunError, near
 from zoo.part import PartConfig
 from zoo.plugin import catalogue
 from zoo.recipe import Recipe
-from zoo.registry import parse, to_plain
+from zoo.registry import parse, refuse_code, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +174,7 @@ class RunConfig:
         Raises:
             ConfigError: Another format, an unknown name or field, a wrong type.
         """
+        refuse_code(plain, "run")
         if plain.get("format") != 1:
             raise ConfigError(
                 f"run format {plain.get('format')!r} is unknown to this version, expected 1: update mmzoo"

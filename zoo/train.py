@@ -206,6 +206,7 @@ def quiet_lightning() -> Iterator[None]:
             ".*GPU available but not used.*",
             ".*no `val_dataloader`.*",
             ".*LeafSpec.*",
+            ".*in eval mode at the start of training.*",
         ):
             warnings.filterwarnings("ignore", message=text)
         for logger in loggers:
@@ -264,7 +265,7 @@ def make_trainer(config: RunConfig, folder: Path, steps: int, callbacks: list[Ca
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.nodes,
-            strategy="ddp_find_unused_parameters_true" if several else "auto",
+            strategy="ddp" if several else "auto",
             precision=PRECISIONS[trainer.precision],  # type: ignore[arg-type]
             max_steps=steps,
             max_epochs=-1,
@@ -308,6 +309,9 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
     manifest.update(flops=training_flops(config), status="running")
     try:
         train(folder, config, module, source, manifest, progress if main else None)
+        if torch.distributed.is_initialized():  # one process evaluates; metrics must not wait for the others
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
         if main:
             from zoo.weights import save
 

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from zoo.errors import ConfigError, near
+from zoo.errors import ConfigError, MissingExtra, near
 from zoo.plugin import catalogue
 from zoo.recipe import SECTIONS, SLOTS, Recipe, read_recipe, read_scale, resolve, scales
-from zoo.registry import parse
+from zoo.registry import parse, refuse_code
 from zoo.run_config import BudgetConfig, EvaluationConfig, RunConfig, TrainerConfig
 
 FILE_GROUPS = ("scale", "trainer", "budget", "experiment")
@@ -17,6 +17,11 @@ FILE_GROUPS = ("scale", "trainer", "budget", "experiment")
 
 PLAIN = ("seed", "out", "batch_size", "evaluation")
 """Top-level keys of conf/train.yaml that are no group."""
+
+HYDRA_EXTRAS = {
+    "hydra/launcher": {"joblib": ("hydra_joblib_launcher", "hydra-joblib-launcher", "joblib")},
+}
+"""Hydra group -> option -> the plugin's module, its package, and the extra of mmzoo that brings it."""
 
 BATCH_SIZE = 32
 """Samples a step when neither the run nor the scale says."""
@@ -62,7 +67,10 @@ def prepare(overrides: Sequence[str]) -> list[str]:
     prepared = [search_path()] if len(catalogue().conf_dirs) > 1 else []
     for text, override in zip(overrides, parsed(overrides), strict=True):
         key = override.key_or_group
+        refuse_code({key: None if override.is_delete() else override.value()}, "override")
         if key.startswith("hydra"):
+            if key in HYDRA_EXTRAS:
+                check_installed(key, str(override.value()))
             prepared.append(text)
             continue
         head = key.split(".")[0].split("@")[0]
@@ -79,6 +87,20 @@ def prepare(overrides: Sequence[str]) -> list[str]:
                         raise ConfigError(f"unknown {what} {str(name)!r}{near(str(name), options(head))}")
         prepared.append(text if is_choice or text[:1] in "+~" else f"++{text}")
     return prepared
+
+
+def check_installed(group: str, option: str) -> None:
+    """Refuse a launcher whose package is missing, before anything is composed.
+
+    Raises:
+        MissingExtra: Names the package and the extra.
+    """
+    from importlib.util import find_spec
+
+    if option in HYDRA_EXTRAS[group]:
+        module, package, extra = HYDRA_EXTRAS[group][option]
+        if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{module}") is None:
+            raise MissingExtra(package, extra, f"{group}={option}")
 
 
 def parsed(overrides: Sequence[str]) -> list[Any]:
@@ -162,6 +184,7 @@ def to_run(plain: Mapping[str, Any], choices: Mapping[str, Any], written: Sequen
     Raises:
         ConfigError: As ``zoo.recipe.resolve`` and ``RunConfig``.
     """
+    refuse_code(plain, "config")
     recipe = to_recipe(plain, choices, written)
     scale = read_scale(recipe.scale)
     evaluation = dict(plain.get("evaluation") or {})

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     outcomes = train(argv)
-    failed = [o for o in outcomes if o.status == "failed"]
+    failed = [o for o in outcomes if o.status not in ("done", "interrupted")]
     if len(outcomes) > 1:
         print(f"{sum(o.status == 'done' for o in outcomes)} of {len(outcomes)} runs are done")
     if any(o.status == "interrupted" for o in outcomes):
@@ -82,7 +82,8 @@ def train(argv: Sequence[str]) -> list[Outcome]:
         return []
     for folder, config in configs.items():
         prepare_folder(folder, config)
-    return launch(prepared, multirun, written_keys(overrides))
+    launch(prepared, multirun, written_keys(overrides))
+    return [outcome_of(folder) for folder in configs]
 
 
 def check_offline(config: RunConfig) -> None:
@@ -121,8 +122,8 @@ def show(configs: dict[Path, RunConfig]) -> None:
         Console().print(Syntax(yaml.safe_dump(config.to_plain(), sort_keys=False), "yaml", background_color="default"))
 
 
-def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str]) -> list[Outcome]:
-    """Hand the checked jobs to Hydra's launcher; each job reads its own configuration again and runs it."""
+def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str]) -> None:
+    """Hand the checked jobs to Hydra's launcher, whichever it is; each job reads its own configuration again and runs it."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
@@ -130,17 +131,19 @@ def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str]) -> l
     from zoo.cli.overrides import store_parts, to_run
     from zoo.plugin import conf_dir
 
-    outcomes: list[Outcome] = []
+    stopped: list[Path] = []
 
     def job(config: DictConfig) -> str:
-        if any(o.status == "interrupted" for o in outcomes):
+        if stopped:  # Ctrl-C ends the sweep, not only its current job
             return "interrupted"
         plain: Any = OmegaConf.to_container(config)
         run = to_run(plain, dict(HydraConfig.get().runtime.choices), written)
-        outcomes.append(run_folder(run.directory(str(plain["out"])), run))
-        if outcomes[-1].error:
-            print(f"error: {outcomes[-1].folder}: {outcomes[-1].error}", file=sys.stderr)
-        return outcomes[-1].status
+        outcome = run_folder(run.directory(str(plain["out"])), run)
+        if outcome.error:
+            print(f"error: {outcome.folder}: {outcome.error}", file=sys.stderr)
+        if outcome.status == "interrupted":
+            stopped.append(outcome.folder)
+        return outcome.status
 
     store_parts()
     before = sys.argv
@@ -149,7 +152,14 @@ def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str]) -> l
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(job)()
     finally:
         sys.argv = before
-    return outcomes
+
+
+def outcome_of(folder: Path) -> Outcome:
+    """How the run in ``folder`` stands, whichever process ran it."""
+    from zoo.compare.rundir import Run
+
+    manifest = Run.read(folder).manifest
+    return Outcome(folder, str(manifest.get("status", "not started")), manifest.get("error"))
 
 
 def run_folder(folder: Path, config: RunConfig) -> Outcome:

@@ -1,0 +1,227 @@
+"""A run: equal from equal seeds, resumable to the bit, on one process or two, whatever stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zoo.cli.overrides import run_config
+from zoo.errors import RunError, WeightsError
+from zoo.run_config import RunConfig
+from zoo.train import Interrupted, Keeper, load_checkpoint, read_lines, run
+
+SMALL = [
+    "scale=tiny",
+    "batch_size=16",
+    "encoder.width=32",
+    "encoder.depth=2",
+    "encoder.ffn=64",
+    "encoder.patch_size=16",
+    "text_encoder.width=32",
+    "text_encoder.depth=1",
+    "text_encoder.ffn=64",
+    "trainer.accelerator=cpu",
+    "trainer.log_every=1",
+    "trainer.checkpoint_every=3",
+    "evaluation.split=val",
+    "evaluation.tasks=[retrieval]",
+]
+
+
+def prepared(folder: Path, *overrides: str, model: str = "clip") -> RunConfig:
+    folder.mkdir(parents=True)
+    config = run_config([f"model={model}", *SMALL, "budget.value=8", *overrides])
+    config.write(folder / "run.yaml")
+    return config
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = load_checkpoint(folder / "checkpoint" / "last.ckpt")["state_dict"]
+    return state
+
+
+def curve(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_lines(folder / "curve.jsonl")]
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask the run to stop once, when it has taken ``step`` steps of a stage."""
+    original = Keeper.on_train_batch_end
+
+    def patched(self: Keeper, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == step:
+            self.asked = True
+        original(self, trainer, *rest)
+
+    monkeypatch.setattr(Keeper, "on_train_batch_end", patched)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with dropout, two stages and EMA: everything that could make a resume differ."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    prepared(folder, *HARD)
+    run(folder)
+    return folder
+
+
+HARD = [
+    "trainer.ema=0.5",
+    "stages=[{name: align, train: [encoder, image_projection], share: 5}, {name: joint, share: 3}]",
+]
+
+
+def test_a_finished_run_holds_everything_its_readers_expect(whole: Path) -> None:
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["status"] == "done"
+    assert (manifest["steps"], manifest["samples"]) == (8, 128)
+    assert manifest["flops"]["total"] == sum(
+        stage["per_sample"] * steps * 16 for stage, steps in zip(manifest["flops"]["stages"], (5, 3), strict=True)
+    )
+    assert manifest["flops"]["stages"][0]["frozen_forward"] > 0  # the text tower is frozen in the first stage
+    assert {"data", "order", "budget", "evaluation", "recipe"} <= set(manifest["hashes"])
+    assert [step for step, _ in curve(whole)] == list(range(1, 9))
+    assert (whole / "weights" / "model.safetensors").is_file()
+    assert (whole / "items" / "retrieval.parquet").is_file()
+    assert "retrieval" in json.loads((whole / "metrics.json").read_text())
+
+
+def test_equal_seeds_give_equal_losses_and_weights_and_another_seed_does_not(whole: Path, tmp_path: Path) -> None:
+    prepared(tmp_path / "again", *HARD)
+    run(tmp_path / "again")
+    assert curve(tmp_path / "again") == curve(whole)
+    assert_equal_weights(tmp_path / "again", whole)
+    prepared(tmp_path / "other", *HARD, "seed=1")
+    run(tmp_path / "other")
+    assert curve(tmp_path / "other") != curve(whole)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_run_stopped_anywhere_and_resumed_ends_with_equal_weights(
+    step: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "stopped"
+    prepared(folder, *HARD)
+    with monkeypatch.context() as patch:
+        stop_at(step, patch)
+        with pytest.raises(Interrupted):
+            run(folder)
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "interrupted"
+    run(folder)
+    assert curve(folder) == curve(whole)
+    assert_equal_weights(folder, whole)
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint_with_equal_weights(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    prepared(folder, *HARD)
+    code = f"from zoo.train import run; run({str(folder)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if len(read_lines(folder / "curve.jsonl")) >= 4 or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(folder)
+    assert curve(folder) == curve(whole)
+    assert_equal_weights(folder, whole)
+
+
+def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
+    folder = tmp_path / "asked"
+    prepared(folder, "budget.value=100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zoo.worker", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for _ in range(600):
+        if read_lines(folder / "curve.jsonl") or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    state = load_checkpoint(folder / "checkpoint" / "last.ckpt")
+    assert 0 < state["global_step"] < 100000
+
+
+def test_two_gloo_processes_equal_one_at_equal_global_batch(tmp_path: Path) -> None:
+    prepared(tmp_path / "one")
+    run(tmp_path / "one")
+    prepared(tmp_path / "two", "trainer.devices=2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "zoo.worker"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two")], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 9))
+    for (step, a), (_, b) in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-5), step
+    left, right = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=1e-4, rtol=1e-4)
+
+
+def test_micro_batches_see_the_same_samples(tmp_path: Path) -> None:
+    prepared(tmp_path / "micro", "trainer.accumulate=2")
+    run(tmp_path / "micro")
+    lines = read_lines(tmp_path / "micro" / "curve.jsonl")
+    assert (lines[-1]["step"], lines[-1]["samples"]) == (8, 128)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.system, ("touch " + str(tmp_path / "ran"),))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "last.ckpt")
+    with pytest.raises(WeightsError, match="pickled code"):
+        load_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "torn.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:50])
+    with pytest.raises(WeightsError, match="damaged"):
+        load_checkpoint(tmp_path / "torn.ckpt")
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zoo.train
+
+    folder = tmp_path / "full"
+    prepared(folder)
+    real = zoo.train.Trainer.save_checkpoint
+
+    def full(self: Any, path: Path, *rest: Any, **more: Any) -> None:
+        if self.global_step > 3:
+            raise OSError(28, "No space left on device")
+        real(self, path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo.train.Trainer, "save_checkpoint", full)
+        with pytest.raises(RunError, match="No space left") as caught:
+            run(folder)
+    assert "\n" not in str(caught.value)
+    assert load_checkpoint(folder / "checkpoint" / "last.ckpt")["global_step"] == 3
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
+    run(folder)
+    assert curve(folder)[-1][0] == 8
