@@ -55,3 +55,50 @@ def relative_bias(table: Tensor, index: Tensor) -> Tensor:
     """
     bias = torch.nn.functional.embedding(index, table)  # [(B,) T, K, heads]
     return (bias[None] if bias.ndim == 3 else bias).permute(0, 3, 1, 2)
+
+
+def image_relative_index(grid: tuple[int, int]) -> Tensor:
+    """Return the row of the relative table for every pair of a CLS token and a grid of patches (BEiT).
+
+    Returns:
+        ``[1 + h·w, 1 + h·w]`` int64. Rows 0 to (2h-1)(2w-1)-1 are the offsets between patches, row-major; then CLS to a
+        patch, a patch to CLS, CLS to itself.
+    """
+    height, width = grid
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    down, right = y[:, None] - y + height - 1, x[:, None] - x + width - 1
+    offsets = (2 * height - 1) * (2 * width - 1)
+    return _with_cls(down * (2 * width - 1) + right, offsets)
+
+
+def pair_relative_index(grid: tuple[int, int], text: int, longest_text: int) -> Tensor:
+    """Return the row of the relative table for every pair of tokens of text and image (VLMo's build_relative_position).
+
+    The table holds the rows of :func:`image_relative_index`, one row text to image, one image to text, and
+    2·longest_text rows of the text (CLS included).
+
+    Args:
+        grid: patches of the image.
+        text: text tokens T, CLS included; they stand before the image.
+        longest_text: the text length the table was made for (196 in the released files).
+
+    Returns:
+        ``[T + 1 + h·w, T + 1 + h·w]`` int64; its corners serve text alone and image alone.
+    """
+    image = image_relative_index(grid)
+    rows = int(image[0, 0]) + 1
+    place = torch.arange(text - 1)
+    words = place - place[:, None] + longest_text - 2 + rows + 2
+    index = torch.empty(text + len(image), text + len(image), dtype=torch.long)
+    index[:text, :text] = _with_cls(words, rows + 2 * longest_text + 2 - 3)
+    index[:text, text:], index[text:, :text], index[text:, text:] = rows, rows + 1, image
+    return index
+
+
+def _with_cls(index: Tensor, first: int) -> Tensor:
+    """Put a CLS token before the tokens of ``index``, whose three relations are rows ``first`` and on."""
+    index = torch.nn.functional.pad(index, (1, 0, 1, 0))
+    index[0, :], index[:, 0] = first, first + 1
+    index[0, 0] = first + 2
+    return index
