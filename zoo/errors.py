@@ -30,12 +30,11 @@ class RunError(ZooError):
 
 
 class MissingExtra(ZooError):
-    """An optional dependency is not installed."""
+    """A package is not installed: ``extra`` of mmzoo brings it, or mmzoo itself (None) and the installation is broken."""
 
-    def __init__(self, package: str, extra: str, needed_for: str) -> None:
-        super().__init__(
-            f"{needed_for} needs the package {package}, which is not installed: pip install 'mmzoo[{extra}]'"
-        )
+    def __init__(self, package: str, extra: str | None, needed_for: str) -> None:
+        what = f"mmzoo[{extra}]" if extra else "mmzoo"
+        super().__init__(f"{needed_for} needs the package {package}, which is not installed: pip install '{what}'")
 
 
 def near(name: str, options: Iterable[str], most: int = 3) -> str:

@@ -89,5 +89,7 @@ def frozen_paths(model: nn.Module) -> list[str]:
 
 
 def _of(counter: FlopCounterMode, model: nn.Module, path: str) -> int:
+    """FLOPs inside the module at ``path``: its own forward, or its children's where they ran outside of it (a head)."""
     counts = counter.get_flop_counts().get(f"{type(model).__name__}.{path}", {})
-    return int(sum(counts.values()))
+    inside = sum(_of(counter, model, f"{path}.{name}") for name, _ in model.get_submodule(path).named_children())
+    return max(int(sum(counts.values())), inside)

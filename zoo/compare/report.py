@@ -131,7 +131,7 @@ def render(board: Leaderboard, command: str, now: datetime) -> str:
 def _report_command(paths: Sequence[str], baseline: str | None) -> str:
     import shlex
 
-    return shlex.join(["zoo", "report", *paths, *([f"baseline={baseline}"] if baseline else [])])
+    return shlex.join(["zoo", "report", *paths, *(["--baseline", baseline] if baseline else [])])
 
 
 def _series(rows: Sequence[Row]) -> dict[str, int]:

@@ -229,7 +229,7 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise MissingExtra(package, "openmoji", "the openmoji source") from None
+        raise MissingExtra(package, None, "the openmoji source") from None
 
 
 def _bare(hexcode: str) -> str:
@@ -315,7 +315,7 @@ def _render(files: Sequence[Path], size: int) -> NDArray[np.uint8]:
     try:
         import resvg_py
     except ImportError:
-        raise MissingExtra("resvg_py", "openmoji", "rendering the openmoji icons") from None
+        raise MissingExtra("resvg_py", None, "rendering the openmoji icons") from None
     import io
 
     from PIL import Image

@@ -163,7 +163,7 @@ class ClipTokenizer(BpeTokenizer):
         try:
             import ftfy
         except ImportError:
-            raise MissingExtra("ftfy", "clip", "the tokenizer clip-bpe") from None
+            raise MissingExtra("ftfy", None, "the tokenizer clip-bpe") from None
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         return " ".join(text.split()).lower()
 
@@ -196,7 +196,7 @@ def _clip_definition() -> str:
     try:
         listed = importlib.metadata.files("open_clip_torch") or []
     except importlib.metadata.PackageNotFoundError:
-        raise MissingExtra("open_clip_torch", "clip", "the tokenizer clip-bpe") from None
+        raise MissingExtra("open_clip_torch", None, "the tokenizer clip-bpe") from None
     path = next((Path(str(f.locate())) for f in listed if f.name == name), None)
     if path is None:
         raise ConfigError(f"the installed open_clip_torch carries no {name}; reinstall it, or use a saved tokenizer")
