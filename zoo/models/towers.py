@@ -144,6 +144,26 @@ class Towers(Model):
 
         return self._embed(texts, features)
 
+    def zero_shot_weights(self, names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)) -> Tensor:
+        """Embed class names: [C, shared_width] of unit length, to be compared with ``embed_images``.
+
+        Every template is embedded and normalised, the templates are averaged, and the mean is normalised again, as in
+        openai/CLIP's Prompt_Engineering_for_ImageNet.ipynb.
+
+        Args:
+            templates: Patterns with ``{}`` for the name.
+
+        Raises:
+            ConfigError: No templates, or one without ``{}``.
+        """
+        wrong = [t for t in templates if "{}" not in t]
+        if not templates or wrong:
+            raise ConfigError(
+                f"templates must each hold {{}} for the name, unlike {wrong[0]!r}" if wrong else "no templates"
+            )
+        every = self.embed_texts([t.replace("{}", name) for name in names for t in templates])
+        return F.normalize(every.view(len(names), len(templates), -1).mean(1), dim=-1)
+
     def _embed(self, items: Sequence[Item], features: Callable[[Sequence[Item]], Tensor]) -> Tensor:
         if isinstance(items, str):
             raise ConfigError("expected a list of items, got one string: wrap it in a list")
