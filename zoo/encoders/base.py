@@ -38,8 +38,8 @@ class ImageEncoderConfig(PartConfig):
 
     Attributes:
         image_size: Side of the square input, pixels.
-        layer: Block whose output is the tokens, counted as Python indexes: -1 the last, -2 the one before (LLaVA). Blocks
-            after it are not built when nothing else reads them.
+        layer: Block whose output is the tokens, counted as Python indexes: -1 the last, -2 the one before (LLaVA).
+            Blocks after it are not built when nothing else reads them.
         cls: Keep the class token among the tokens, if there is one.
         mean: Per-channel mean of the input normalisation, of values in [0, 1].
         std: Per-channel standard deviation.
