@@ -5,11 +5,13 @@ from __future__ import annotations
 from zoo.nn.cache import KVCache
 from zoo.nn.config import TrunkConfig
 from zoo.nn.embeddings import PatchEmbedding, TokenEmbedding, resize_positions
-from zoo.nn.init import copy_expert_, init_clip_, init_xavier_
+from zoo.nn.heads import MLMHead
+from zoo.nn.init import copy_expert_, init_clip_, init_xavier_, share_
 from zoo.nn.trunk import Trunk
 
 __all__ = [
     "KVCache",
+    "MLMHead",
     "PatchEmbedding",
     "TokenEmbedding",
     "Trunk",
@@ -18,4 +20,5 @@ __all__ = [
     "init_clip_",
     "init_xavier_",
     "resize_positions",
+    "share_",
 ]

@@ -32,6 +32,23 @@ def copy_expert_(trunk: Trunk, source: int, target: int) -> None:
         )
 
 
+def share_(trunk: Trunk, of: Trunk, units: tuple[str, ...] = ("cross", "cross_norm", "ffn", "ffn_norm")) -> None:
+    """Let every layer of ``trunk`` use the units of the same layer of ``of``: one module under two names.
+
+    BLIP's decoder shares everything with its encoder but self-attention and its norm (arXiv 2201.12086, section 3.1).
+
+    Raises:
+        ConfigError: the trunks differ in depth or a unit is missing.
+    """
+    if len(trunk.layers) != len(of.layers):
+        raise ConfigError(f"a trunk of {len(trunk.layers)} layers cannot share with one of {len(of.layers)}")
+    for mine, other in zip(trunk.layers, of.layers, strict=True):
+        for unit in units:
+            if getattr(mine, unit, None) is None or getattr(other, unit, None) is None:
+                raise ConfigError(f"no unit {unit!r} in both layers; the blocks are {trunk.config.layers}")
+            setattr(mine, unit, getattr(other, unit))
+
+
 @torch.no_grad()
 def init_clip_(trunk: Trunk) -> None:
     """Standard deviations by width and depth, as the released CLIP text transformer and OpenCLIP towers start.

@@ -58,14 +58,15 @@ class Rule:
         target: templates of our names.
         to: official tensors to ours, in the order of the templates.
         back: ours to the official ones.
-        kind: ``map``; ``drop`` (official, not ours); ``tie`` (an official copy of ``source[1]``).
+        kind: ``map``; ``drop`` (official, not ours); ``tie`` (an official copy of ``source[1]``); ``share`` (our second
+            name of the parameter ``target[1]``).
     """
 
     source: tuple[str, ...]
     target: tuple[str, ...]
     to: Callable[[Tensors], Tensors]
     back: Callable[[Tensors], Tensors]
-    kind: Literal["map", "drop", "tie"] = "map"
+    kind: Literal["map", "drop", "tie", "share"] = "map"
 
 
 def _same(tensors: Tensors) -> Tensors:
@@ -126,6 +127,12 @@ def tie(source: str, of: str) -> Rule:
     return Rule((source, of), (), _same, _same, kind="tie")
 
 
+def share(target: str, of: str) -> Rule:
+    """A second name of ours for the parameter ``of``, where two modules share one: nothing is loaded into it, and it is
+    not saved. Official copies of it are another matter, see :func:`tie`."""
+    return Rule((), (target, of), _same, _same, kind="share")
+
+
 @dataclass(frozen=True)
 class KeyMap:
     """An ordered list of rules; the first rule that knows a name takes it.
@@ -161,7 +168,7 @@ class KeyMap:
         """
         left, out = dict(state), {}
         for rule in self.rules:
-            for name, places in _matches(rule.source[0], left):
+            for name, places in _matches(rule.source[0], left) if rule.source else []:
                 if rule.kind == "drop":
                     del left[name]
                     continue
@@ -184,9 +191,21 @@ class KeyMap:
         return out, sorted(left)
 
     def save(self, state: State) -> tuple[dict[str, Tensor], list[str]]:
-        """Map our state dict back to the official names; returns them and our names no rule knows."""
+        """Map our state dict back to the official names; returns them and our names no rule knows.
+
+        Raises:
+            WeightsError: part of a group is missing, or two names of a shared parameter hold different tensors.
+        """
         left, out = dict(state), {}
         for rule in self.rules:
+            if rule.kind == "share":
+                for name, places in _matches(rule.target[0], left):
+                    if (of := state.get(_filled(rule.target[1], places))) is None or not torch.equal(
+                        left.pop(name), of
+                    ):
+                        raise WeightsError(
+                            f"{name} differs from {_filled(rule.target[1], places)}; they are one parameter"
+                        )
             if rule.kind != "map":
                 continue
             for _, places in _matches(rule.target[0], left):

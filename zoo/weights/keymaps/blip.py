@@ -1,0 +1,61 @@
+"""BLIP (models/blip_pretrain.py, blip.py, blip_itm.py, blip_nlvr.py of the release): ViT, and a BERT as encoder and as
+decoder, which share everything but their self-attention."""
+
+from __future__ import annotations
+
+from zoo.weights.keymaps import KeyMap, Rule, bert, drop, rename, share, tie, vit
+
+MOMENTUM = ("visual_encoder_m.{**}", "text_encoder_m.{**}", "vision_proj_m.{p}", "text_proj_m.{p}")
+"""Names of the momentum copies; :func:`encoder_keymap` with ``copy="_m"`` knows them."""
+STATE = KeyMap(drop("image_queue"), drop("text_queue"), drop("queue_ptr"))
+"""Training state that no model needs."""
+
+_SHARED = ("crossattention", "intermediate", "output")  # of a layer: all but attention
+_OURS = ("cross", "cross_norm", "ffn", "ffn_norm")
+
+
+def _tied() -> list[Rule]:
+    source, of = "text_decoder.bert.encoder.layer.{i}.", "text_encoder.encoder.layer.{i}."
+    return [
+        tie("text_decoder.cls.predictions.decoder.weight", "text_encoder.embeddings.word_embeddings.weight"),
+        drop("text_decoder.bert.embeddings.position_ids"),
+        tie("text_decoder.bert.embeddings.{**}", "text_encoder.embeddings.{**}"),
+        *(tie(f"{source}{name}.{{**}}", f"{of}{name}.{{**}}") for name in _SHARED),
+        *(share(f"decoder.layers.{{i}}.{name}.{{**}}", f"encoder.layers.{{i}}.{name}.{{**}}") for name in _OURS),
+    ]
+
+
+def encoder_keymap(copy: str = "") -> KeyMap:
+    """Return the map of the contrastive and matching model (blip_itm.py, blip_retrieval.py) to parts ``stem``, ``vit``,
+    ``embed``, ``encoder``, ``vision_proj``, ``text_proj``, ``itm_head``.
+
+    Args:
+        copy: ``_m`` for the momentum copies, which have no ``itm_head``.
+    """
+    projections = KeyMap(*(rename(f"{name}{copy}.{{p}}", f"{name}.{{p}}") for name in ("vision_proj", "text_proj")))
+    return (
+        vit.keymap("vit.", "stem.").under(f"visual_encoder{copy}.")
+        + bert.keymap("encoder.", "embed.").under(f"text_encoder{copy}.")
+        + projections
+        + (KeyMap() if copy else KeyMap(rename("itm_head.{p}", "itm_head.{p}")))
+    )
+
+
+def decoder_keymap() -> KeyMap:
+    """Return the map of the captioning model (blip.py) to ``stem``, ``vit``, ``embed``, ``decoder``, ``lm``."""
+    return vit.keymap("vit.", "stem.").under("visual_encoder.") + bert.lm_keymap("decoder.", "embed.", "lm.").under(
+        "text_decoder."
+    )
+
+
+def keymap() -> KeyMap:
+    """Return the map of the pre-training model: ``encoder`` and ``decoder`` with one set of cross-attention and FFN
+    (see :func:`zoo.nn.share_`), one ``embed``, ``lm`` for the decoder's head, ``temp``."""
+    return (
+        KeyMap(*_tied())
+        + encoder_keymap()
+        + bert.ATTENTION.under("text_decoder.bert.encoder.", "decoder.")
+        + bert.MLM_HEAD.under("text_decoder.cls.predictions.", "lm.")
+        + KeyMap(rename("temp", "temp"))
+        + STATE
+    )
