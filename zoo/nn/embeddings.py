@@ -98,6 +98,8 @@ class PatchEmbedding(nn.Module):
         bias: of the patch matrix.
         cls: put a CLS token in front.
         positions: add learned positions (CLS has one too).
+        first: rows of the position table before position 0, which nobody reads (BEiT-3 has 2).
+        mask_token: own a vector that takes the place of hidden patches.
         norm: norm before the trunk (CLIP, ImageBind vision), or None.
         eps: of it.
         dropout: after all.
@@ -114,6 +116,8 @@ class PatchEmbedding(nn.Module):
         bias: bool = True,
         cls: bool = True,
         positions: bool = True,
+        first: int = 0,
+        mask_token: bool = False,
         norm: Norm | None = None,
         eps: float = 1e-5,
         dropout: float = 0.0,
@@ -122,7 +126,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ConfigError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
-        self.patch_size = patch_size
+        self.patch_size, self.first = patch_size, first
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.patch = nn.Conv2d(channels, width, patch_size, patch_size, bias=bias)
         nn.init.trunc_normal_(self.patch.weight, std=std, a=-2 * std, b=2 * std)
@@ -130,18 +134,23 @@ class PatchEmbedding(nn.Module):
             nn.init.zeros_(self.patch.bias)
         self.cls = nn.Parameter(torch.empty(1, 1, width)) if cls else None
         tokens = self.grid[0] * self.grid[1] + int(cls)
-        self.positions = nn.Parameter(torch.empty(1, tokens, width)) if positions else None
-        for parameter in (self.cls, self.positions):
+        self.positions = nn.Parameter(torch.empty(1, first + tokens, width)) if positions else None
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if mask_token else None
+        for parameter in (self.cls, self.positions, self.mask_token):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
         self.norm = make_norm(norm, width, eps) if norm else None
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Embed ``[B, channels, H, W]`` to ``[B, (1 +) H·W / patch², D]``; other sizes resize the positions.
 
+        Args:
+            pixels: the image.
+            hidden: ``[B, H·W / patch²]`` bool, the patches whose place the mask token takes.
+
         Raises:
-            ConfigError: H or W is not a multiple of the patch size.
+            ConfigError: H or W is not a multiple of the patch size, or there is no mask token.
         """
         height, width = pixels.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
@@ -149,14 +158,20 @@ class PatchEmbedding(nn.Module):
                 f"image of {height}x{width} pixels; expected multiples of the patch size {self.patch_size}"
             )
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # [B, patches, D]
+        if hidden is not None:
+            if self.mask_token is None:
+                raise ConfigError(
+                    "patches to hide, but this embedding has no mask token; build it with mask_token=True"
+                )
+            x = torch.where(hidden.bool()[..., None], self.mask_token, x)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)
         if self.positions is not None:
             grid = (height // self.patch_size, width // self.patch_size)
             table: Tensor = self.positions
             if grid != self.grid:
-                table = resize_positions(table, self.grid, grid, extra=0 if self.cls is None else 1)
-            x = x + table
+                table = resize_positions(table, self.grid, grid, extra=self.first + int(self.cls is not None))
+            x = x + table[:, self.first :]
         if self.norm is not None:
             x = self.norm(x)
         dropped: Tensor = self.dropout(x)
