@@ -14,7 +14,7 @@ TORCH_FLAGS ?=
 JOBS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 INPUTS := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)

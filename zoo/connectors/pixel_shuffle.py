@@ -44,6 +44,8 @@ class PixelShuffle(Connector):
             raise ConfigError(
                 "connector 'pixel-shuffle' needs a grid of patches, and this encoder gives none: choose mlp"
             )
+        if features.mask is not None:
+            raise ConfigError("connector 'pixel-shuffle' folds whole grids and cannot leave tokens out: choose mlp")
         height, width = features.grid
         if height % self.factor or width % self.factor:
             raise ConfigError(
