@@ -87,7 +87,7 @@ def from_pretrained(
 
     network, recipe, report = load_model(str(path), model=model, changes=changes or None, seed=seed, strict=strict)
     module = ZooModule(network, recipe)
-    module.load_report = report
+    module.load_report = report  # type: ignore[assignment]
     return module.eval()
 
 

@@ -28,7 +28,7 @@ def _find_extension() -> str | None:
 
 @cache
 def ensure() -> bool:
-    """Declare the missing schemas; call it just before importing timm, open_clip or anything else that uses torchvision.
+    """Declare the missing schemas; call it just before importing timm, open_clip or others that use torchvision.
 
     Returns:
         True when schemas were declared, False when torchvision is absent or brings its own operators.
