@@ -170,7 +170,8 @@ class CausalLMConfig(DecoderConfig):
 
 
 class CausalLM(Decoder):
-    """``lm`` is the transformers module, with its own parameter names. Attention runs through SDPA.
+    """``lm`` is the transformers module, with its own parameter names. Attention runs through SDPA where
+    the family has it.
 
     Layouts that are causal with pads behind the text (or none) need no mask; causal ones padded elsewhere go in as a
     2-D mask,
@@ -183,7 +184,9 @@ class CausalLM(Decoder):
         from transformers import AutoModelForCausalLM
 
         self.config = config
-        self.lm: nn.Module = AutoModelForCausalLM.from_config(library, attn_implementation="sdpa")
+        self._fused = bool(AutoModelForCausalLM._model_mapping[type(library)]._supports_sdpa)
+        attention = "sdpa" if self._fused else "eager"
+        self.lm: nn.Module = AutoModelForCausalLM.from_config(library, attn_implementation=attention)
         self.width = self._embedding.weight.shape[1]
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
@@ -225,13 +228,21 @@ class CausalLM(Decoder):
         position = layout.position[..., -rows:]
         first = slice(layout.length - rows, layout.length)
         if layout.segment.device.type == "meta":  # the library looks at values when it is given no mask
-            return layout.mask(first), position
+            return self._dense(layout, first), position
         if layout.kind == "causal" and (cached or bool((position.diff(dim=-1) == 1).all())):
             # without a cache the library reads jumps in the positions as packed documents, hence the look at them
             return (None if layout.padding == "none" or not cached else layout.real), position
         if layout.table is not None and kind(layout.runs, layout.table, "none", layout.length) == "causal":
             return layout.real, position
-        return layout.mask(first), position
+        return self._dense(layout, first), position
+
+    def _dense(self, layout: Layout, rows: slice) -> Tensor:
+        """The 4-D mask: boolean for SDPA; families with their own attention add theirs to the scores."""
+        mask = layout.mask(rows)
+        if self._fused:
+            return mask
+        dtype = self._embedding.weight.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm.get_output_embeddings()(hidden)  # type: ignore[operator]
