@@ -30,7 +30,7 @@ class RunError(ZooError):
 
 
 class MissingExtra(ZooError):
-    """A package is not installed: ``extra`` of mmzoo brings it, or mmzoo itself (None), whose installation is broken."""
+    """A package is not installed: ``extra`` of mmzoo brings it, or mmzoo itself (None), which is then broken."""
 
     def __init__(self, package: str, extra: str | None, needed_for: str) -> None:
         what = f"mmzoo[{extra}]" if extra else "mmzoo"

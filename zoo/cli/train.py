@@ -123,7 +123,7 @@ def show(configs: dict[Path, RunConfig]) -> None:
 
 
 def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str]) -> None:
-    """Hand the checked jobs to Hydra's launcher, whichever it is; each job reads its configuration again and runs it."""
+    """Hand the checked jobs to Hydra's launcher, whichever it is; each job reads its own file again and runs it."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf

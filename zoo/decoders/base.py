@@ -29,7 +29,7 @@ class Decoder(nn.Module):
     def forward(self, batch: TokenBatch, cache: Any = None) -> Tensor:
         """Hidden states [B, T, width] after the final norm.
 
-        With a cache (``new_cache``), ``batch.embeds`` holds only the new rows, and ``batch.layout`` describes every key.
+        With a cache (``new_cache``), ``batch.embeds`` holds only the new rows, and ``batch.layout`` has every key.
         """
         raise TypeError(f"{type(self).__name__} defines no forward")
 
