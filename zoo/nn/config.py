@@ -40,6 +40,7 @@ class TrunkConfig:
         rope: rotated dimensions of a head (0 = no rotary embedding), in half-split order.
         rope_theta: its base.
         rope_axes: position ids per token; each axis owns rope / axes dimensions.
+        rope_half: round the frequencies to half precision, as ChatGLM's stored table is.
         rel_rows: rows of the relative position bias table (0 = none), one column per layer and head.
         qk_norm: norm of queries and keys over a head, before rotary.
         qk_norm_per_head: its affine is [heads, head_dim] instead of shared by the heads.
@@ -80,6 +81,7 @@ class TrunkConfig:
     rope: int = 0
     rope_theta: float = 10000.0
     rope_axes: int = 1
+    rope_half: bool = False
     rel_rows: int = 0
     qk_norm: QKNorm = "none"
     qk_norm_per_head: bool = False

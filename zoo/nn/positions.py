@@ -8,7 +8,7 @@ from torch import Tensor
 Rotary = tuple[Tensor, Tensor]
 
 
-def rotary(position: Tensor, dims: int, theta: float, axes: int, dtype: torch.dtype) -> Rotary:
+def rotary(position: Tensor, dims: int, theta: float, axes: int, dtype: torch.dtype, half: bool = False) -> Rotary:
     """Return cos and sin, each ``[B, T, 1, dims / 2]``, of the rotated dimensions of a head.
 
     Axis a owns ``dims / axes`` dimensions with frequencies theta^(-2i / (dims / axes)) (RoFormer, arXiv 2104.09864,
@@ -21,9 +21,12 @@ def rotary(position: Tensor, dims: int, theta: float, axes: int, dtype: torch.dt
         theta: the base.
         axes: position ids per token; ``[B, T]`` ids serve every axis.
         dtype: of the result; angles are computed in float32.
+        half: round the frequencies to float16 first (ChatGLM, modeling_chatglm.py, RotaryEmbedding).
     """
     own = dims // axes
     frequency = theta ** (-torch.arange(0, own, 2, dtype=torch.float32, device=position.device) / own)
+    if half:
+        frequency = frequency.half().float()
     if position.ndim == 2:
         position = position[:, None].expand(-1, axes, -1)
     angle = position.transpose(1, 2).float()[..., None] * frequency  # [B, T, axes, own / 2]

@@ -138,7 +138,7 @@ class Trunk(nn.Module):
                 f"positions have shape {tuple(positions.shape)}; expected [batch, {x.shape[1]}] or"
                 f" [batch, {c.rope_axes}, {x.shape[1]}]"
             )
-        return rotary(positions, c.rope, c.rope_theta, c.rope_axes, x.dtype)
+        return rotary(positions, c.rope, c.rope_theta, c.rope_axes, x.dtype, c.rope_half)
 
     def _cross_rows(self, layout: Layout | None, rows: int) -> bool | tuple[tuple[int, int], ...] | Tensor:
         wanted = self.config.cross_modalities
