@@ -51,3 +51,14 @@ def trunk_config(hf: Mapping[str, Any]) -> TrunkConfig:
         rope=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 10000.0,
     )
+
+
+def ffn_width(width: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
+    """Return the hidden width of the released Llama code: 2/3 of 4·width, times ``multiplier``, rounded up.
+
+    Chameleon, LlamaGen and Transfusion count it the same way.
+    """
+    hidden = 8 * width // 3
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
