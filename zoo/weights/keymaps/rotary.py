@@ -6,8 +6,12 @@ one into the other, because scores are sums over the dimensions of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from zoo.weights.keymaps import Rule, regroup
 
 
 def neighbours_to_half(tensor: Tensor, head: int, dims: int | None = None) -> Tensor:
@@ -26,6 +30,28 @@ def neighbours_to_half(tensor: Tensor, head: int, dims: int | None = None) -> Te
 def half_to_neighbours(tensor: Tensor, head: int, dims: int | None = None) -> Tensor:
     """Undo :func:`neighbours_to_half`."""
     return _reordered(tensor, head, torch.argsort(_order(head, dims or head)))
+
+
+def split_neighbours(source: str, targets: Sequence[str], heads: int, kv_heads: int, head: int) -> Rule:
+    """Cut a fused ``[q | k | v]`` matrix and reorder q and k to half-split rotary.
+
+    Args:
+        source: template of the fused tensor.
+        targets: templates of q, k and v.
+        heads: attention heads.
+        kv_heads: heads of keys and values.
+        head: width of a head.
+    """
+    sizes = [heads * head, kv_heads * head, kv_heads * head]
+
+    def to(fused: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = torch.split(fused, sizes)
+        return neighbours_to_half(q, head), neighbours_to_half(k, head), v.contiguous()
+
+    def back(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([half_to_neighbours(q, head), half_to_neighbours(k, head), v])
+
+    return regroup(source, targets, to, back)
 
 
 def two_halves_to_axes(tensor: Tensor, head: int) -> Tensor:
