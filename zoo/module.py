@@ -22,7 +22,7 @@ ensure()  # lightning imports torchmetrics, which imports torchvision
 
 from lightning.pytorch import LightningModule  # noqa: E402
 
-NO_DECAY = ("bias", "position", "pos_embed", "class_embedding", "cls_token", "query_tokens", "logit_scale", "latents")
+NO_DECAY = ("bias", "position", "pos_embed", "class_embedding", "cls_token", "embed.cls", "query_tokens", "latents")
 """Parameter name parts without weight decay, beside everything of fewer than two dimensions (clip.md section 5)."""
 
 

@@ -6,15 +6,15 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "list": ("zoo.cli.list", "names of models, parts, datasets and tasks"),
-    "show": ("zoo.cli.show", "what a model is made of: parts, parameters, FLOPs, attention layout"),
-    "train": ("zoo.cli.train", "train and evaluate: zoo train model=clip scale=tiny (-m sweeps)"),
-    "eval": ("zoo.cli.eval", "evaluate a finished run or a checkpoint"),
-    "generate": ("zoo.cli.generate", "text for images from a run or a checkpoint"),
-    "report": ("zoo.cli.report", "leaderboard and one HTML page over runs"),
-    "demo": ("zoo.cli.demo", "CLIP and three connectors compared on real images, in minutes on a CPU"),
-    "doctor": ("zoo.cli.doctor", "versions, devices, plugins, and what is wrong with them"),
-    "plugin": ("zoo.cli.plugin", "write the skeleton of a plugin: zoo plugin new NAME"),
+    "list": ("zoo.cli.commands.list", "names of models, parts, datasets and tasks"),
+    "show": ("zoo.cli.commands.show", "what a model is made of: parts, parameters, FLOPs, attention layout"),
+    "train": ("zoo.cli.commands.train", "train and evaluate: zoo train model=clip scale=tiny (-m sweeps)"),
+    "eval": ("zoo.cli.commands.eval", "evaluate a finished run or a checkpoint"),
+    "generate": ("zoo.cli.commands.generate", "text for images from a run or a checkpoint"),
+    "report": ("zoo.cli.commands.report", "leaderboard and one HTML page over runs"),
+    "demo": ("zoo.cli.commands.demo", "CLIP and three connectors compared on real images, in minutes on a CPU"),
+    "doctor": ("zoo.cli.commands.doctor", "versions, devices, plugins, and what is wrong with them"),
+    "plugin": ("zoo.cli.commands.plugin", "write the skeleton of a plugin: zoo plugin new NAME"),
 }
 
 

@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps of every run")
     arguments = parser.parse_args(argv)
-    from zoo.cli.report import main as report
-    from zoo.cli.train import train
+    from zoo.cli.commands.report import main as report
+    from zoo.cli.commands.train import train
 
     common = ["experiment=demo", "scale=tiny", f"seed={arguments.seed}", f"out={arguments.out}"]
     if arguments.steps:
