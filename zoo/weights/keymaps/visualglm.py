@@ -21,13 +21,13 @@ def _fused(heads: int) -> Rule:
 
     def to(fused: Tensor) -> tuple[Tensor, ...]:
         head = fused.shape[0] // (3 * heads)
-        q, k, v = (part.flatten(0, 1) for part in fused.unflatten(0, (heads, 3, head)).unbind(1))
+        q, k, v = (part.flatten(0, 1) for part in fused.reshape(heads, 3, head, *fused.shape[1:]).unbind(1))
         return two_halves_to_axes(q, head), two_halves_to_axes(k, head), v
 
     def back(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         head = q.shape[0] // heads
         parts = axes_to_two_halves(q, head), axes_to_two_halves(k, head), v
-        return torch.stack([part.unflatten(0, (heads, head)) for part in parts], 1).flatten(0, 2)
+        return torch.stack([part.reshape(heads, head, *q.shape[1:]) for part in parts], 1).flatten(0, 2)
 
     return regroup(
         "layers.{i}.attention.query_key_value.{p}", [f"layers.{{i}}.attn.{letter}.{{p}}" for letter in "qkv"], to, back
