@@ -42,8 +42,7 @@ class ResamplerLayer(nn.Module):
 
 
 class PerceiverResampler(Connector):
-    """Learned latents, ``depth`` layers, a final norm, and linear maps where the widths differ from the resampler's
-    own."""
+    """Learned latents, ``depth`` layers, a final norm, and linear maps where other widths differ from its own."""
 
     def __init__(self, config: PerceiverResamplerConfig, in_width: int, out_width: int) -> None:
         super().__init__()

@@ -17,8 +17,7 @@ def fold(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
     """Fold r x r neighbours into channels: [B, h*w, C] -> [B, h/r * w/r, r*r*C].
 
     The channels of a folded token are those of its upper left patch, then along the row, then the rows below (the
-    order of
-    SmolVLM and Idefics3, arXiv 2504.05299).
+    order of SmolVLM and Idefics3, arXiv 2504.05299).
     """
     batch, _, channels = tokens.shape
     height, width = grid[0] // factor, grid[1] // factor

@@ -1,8 +1,7 @@
 """The Querying Transformer of BLIP-2: learned queries that read the image through cross-attention.
 
 BERT-base with two additions (Li et al., arXiv 2301.12597, section 3.1): in every second layer the queries, and only
-they, attend
-to the image; and queries and text share self-attention while each has its own feed-forward network.
+they, attend to the image; and queries and text share self-attention while each has its own feed-forward network.
 """
 
 from __future__ import annotations
@@ -36,12 +35,10 @@ class QFormerConfig(ConnectorConfig):
         dropout: Of branches and attention weights while training; the paper's is 0.1.
         eps: Of the norms inside.
         input_norm: A LayerNorm on the image tokens (LAVIS' ``ln_vision``). It stands here and not in the encoder
-            because it
-            learns while the encoder is frozen.
+            because it learns while the encoder is frozen.
         input_eps: Of that norm: 1e-5 in LAVIS, 1e-6 in the transformers port.
         text: Build the text branch (word and position embeddings, text feed-forward networks), for stage 1 and for
-            connectors
-            that read the instruction (InstructBLIP).
+            connectors that read the instruction (InstructBLIP).
         vocab_size: Of the text branch: BERT's and ``[DEC]``.
         context_length: Text positions.
     """
@@ -90,8 +87,7 @@ class QFormerConfig(ConnectorConfig):
 
 
 class QFormer(Connector):
-    """``query_tokens``, ``ln_vision``, the embedding norm ``norm``, ``trunk``, ``text`` (embeddings, if asked for),
-    ``proj``."""
+    """``query_tokens``, ``ln_vision``, the embedding norm ``norm``, ``trunk``, ``text`` (if asked for) and ``proj``."""
 
     def __init__(self, config: QFormerConfig, in_width: int, out_width: int) -> None:
         super().__init__()

@@ -15,8 +15,7 @@ from zoo.part import Features
 
 
 def mlp(widths: list[int], act: type[nn.Module] = nn.GELU) -> nn.Sequential:
-    """Linear layers between ``widths`` with exact GELU between them; modules 0, 2, ... are the linears (LLaVA's
-    keys)."""
+    """Linears between ``widths`` with exact GELU between; modules 0, 2, ... are the linears, as LLaVA names them."""
     layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
     for a, b in itertools.pairwise(widths[1:]):
         layers += [act(), nn.Linear(a, b)]

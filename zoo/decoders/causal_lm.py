@@ -131,8 +131,7 @@ class CausalLMConfig(DecoderConfig):
     @staticmethod
     def complete(family: str, section: Mapping[str, Any]) -> dict[str, Any] | None:
         """The plain values of a ``config.json`` section with the family's defaults for what it leaves out; None for a
-        family
-        that is no causal LM of transformers."""
+        family that is no causal LM of transformers."""
         from zoo.torchvision_ops import ensure
 
         ensure()
@@ -174,8 +173,7 @@ class CausalLM(Decoder):
     the family has it.
 
     Layouts that are causal with pads behind the text (or none) need no mask; causal ones padded elsewhere go in as a
-    2-D mask,
-    so that families with sliding windows keep theirs; every other layout goes in as a 4-D boolean mask.
+    2-D mask, so that families with sliding windows keep theirs; every other layout goes in as a 4-D boolean mask.
     """
 
     def __init__(self, config: CausalLMConfig) -> None:

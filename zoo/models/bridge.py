@@ -41,10 +41,8 @@ class BridgeConfig(WiringConfig):
         template: How image, question and answer are written (``zoo.data.templates``): plain, blip2, vicuna_v1,
             llava_v1.
         prompt: The question where a sample or a call gives none.
-        image_id: Placeholder id of an image slot in ``input_ids``. -1 = the tokenizer's ``<image>``, or where it has
-            none the
-            first id outside the decoder's vocabulary: a slot's embedding is replaced, so the id costs no row of the
-            table.
+        image_id: Placeholder id of an image slot in ``input_ids``; -1 = the first id outside the decoder's vocabulary.
+            The embedding of a slot is replaced, so the id needs no row of the table.
         augment: What training images go through (``none``, ``random-resized-crop``, ``shift``, ``flip``,
             ``shift-flip``).
     """
@@ -75,8 +73,7 @@ class BridgeConfig(WiringConfig):
 
 
 class Bridge(WritesText, Model):
-    """``encoder``, ``connector``, ``decoder``: image tokens are spliced into the text at the placeholders, all of it
-    causal."""
+    """``encoder``, ``connector``, ``decoder``: image tokens spliced into the text at placeholders, all of it causal."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
 
@@ -116,9 +113,8 @@ class Bridge(WritesText, Model):
         """Read ``pixel_values`` [N, 3, H, W] and ``input_ids`` [B, T] with a placeholder for every image token.
 
         Also read are ``attention_mask`` [B, T] (pads behind the text), ``labels`` [B, T] (-100 = no target; the label
-        of a
-        token stands in its own place, as transformers have it), and ``has_image`` [B] where some rows show none (their
-        images are not looked at).
+        of a token stands in its own place, as transformers have it), and ``has_image`` [B] where some rows show none
+        (their images are not looked at).
 
         Returns:
             ``hidden`` [B, T, width] and ``targets`` [B, T], the id each row should predict: the labels shifted by one.
@@ -174,8 +170,7 @@ class Bridge(WritesText, Model):
             if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.connector.parameters())):
                 _check_slots(slots, 0, self.connector.tokens)
                 return embeds
-            # text alone: a blank image of weight zero keeps the connector in the graph, or distributed training would
-            # hang
+            # text alone: a blank image of weight zero keeps the connector in the graph, or DDP would hang
             size = self.image_config.image_size
             blank = embeds.new_zeros(1, 3, size, size)
             return embeds + 0.0 * self.image_features(blank).sum()

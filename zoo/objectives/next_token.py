@@ -40,10 +40,8 @@ class NextToken(Objective):
     """Mean cross-entropy, in nats, over the local batch's targets.
 
     With several processes each divides by its own number of targets, so that the gradients DDP averages weigh every
-    process,
-    not every token, alike; processes agree when captions have like lengths. A batch without targets gives a zero that
-    is
-    connected to the graph.
+    process, not every token, alike; processes agree when captions have like lengths. A batch without targets gives a
+    zero that is connected to the graph.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
@@ -60,8 +58,8 @@ class NextToken(Objective):
         predict.
 
         Reports ``next_token`` (nats a target, without the z term), ``tokens`` (targets), and ``bits_per_byte`` where
-        the batch
-        says how many bytes of text the targets stand for (``text_bytes`` [B]).
+        the batch says how many bytes of text the targets stand for (``text_bytes`` [B]); all targets count, also a BOS that is
+        one (BLIP-2), which ``score_text`` leaves out.
         """
         hidden, targets = outputs["hidden"], outputs["targets"]
         kept = targets != -100  # [B, T]

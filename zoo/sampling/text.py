@@ -51,9 +51,8 @@ def choose(logits: Tensor, decoding: Decoding, draw: Tensor | None = None) -> Te
 
     Args:
         logits: [B, V] float.
-        draw: [B] uniform numbers in [0, 1), needed when the temperature is above 0. A row's token is a function of its
-            own
-            logits and number.
+        draw: [B] uniform numbers in [0, 1), needed when the temperature is above 0. A row's token is a function of
+            its own logits and number.
 
     Returns:
         [B] int64.
@@ -74,8 +73,7 @@ def choose(logits: Tensor, decoding: Decoding, draw: Tensor | None = None) -> Te
 
 
 def streams(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """One generator a row, by the row's number in the whole request, so that splitting it into batches changes
-    nothing."""
+    """One generator a row, by its number in the whole request, so that splitting it into batches changes nothing."""
     return [torch.Generator().manual_seed((seed * 1_000_003 + first + i) % 2**63) for i in range(count)]
 
 

@@ -127,8 +127,7 @@ def decoder_fields(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _features(layer: Any, drops_class: bool) -> dict[str, Any]:
     if not isinstance(layer, int):
         raise WeightsError(f"config.json: vision_feature_layer = {layer!r}; the zoo's bridge reads one layer")
-    # transformers counts the embeddings as layer 0, so that n > 0 is block n - 1; negative numbers mean the same to
-    # both
+    # transformers counts the embeddings as layer 0, so that n > 0 is block n - 1; negative numbers mean the same
     return {"layer": layer - 1 if layer > 0 else layer, "cls": not drops_class, "pool": False}
 
 
