@@ -58,8 +58,8 @@ class NextToken(Objective):
         predict.
 
         Reports ``next_token`` (nats a target, without the z term), ``tokens`` (targets), and ``bits_per_byte`` where
-        the batch says how many bytes of text the targets stand for (``text_bytes`` [B]); all targets count, also a BOS that is
-        one (BLIP-2), which ``score_text`` leaves out.
+        the batch says how many bytes of text the targets stand for (``text_bytes`` [B]); all targets count, also a BOS
+        that is one (BLIP-2), which ``score_text`` leaves out.
         """
         hidden, targets = outputs["hidden"], outputs["targets"]
         kept = targets != -100  # [B, T]
