@@ -59,3 +59,26 @@ def keymap() -> KeyMap:
         + KeyMap(rename("temp", "temp"))
         + STATE
     )
+
+
+def nlvr_keymap() -> KeyMap:
+    """Return the map of the two-image classifier (blip_nlvr.py, nlvr_encoder.py) to ``stem``, ``vit``, ``embed``,
+    ``encoder``, ``head``. The ``cross`` of its layers is a pair ``first``, ``second``, each with its output matrix, in
+    the upper layers with a matrix ``merge`` behind both."""
+    source, cross = "layer.{i}.crossattention.", "layers.{i}.cross."
+    words = (("query", "q"), ("key", "k"), ("value", "v"))
+    twins = [
+        rule
+        for number, name in enumerate(("first", "second"))
+        for rule in (
+            *(rename(f"{source}self{number}.{long}.{{p}}", f"{cross}{name}.{short}.{{p}}") for long, short in words),
+            rename(f"{source}output.dense{number}.{{p}}", f"{cross}{name}.out.{{p}}"),
+        )
+    ]
+    merge = rename(f"{source}output.merge_layer.{{p}}", f"{cross}merge.{{p}}")
+    encoder = KeyMap(*twins, merge).under("encoder.", "encoder.") + bert.keymap("encoder.", "embed.")
+    return (
+        vit.keymap("vit.", "stem.").under("visual_encoder.")
+        + encoder.under("text_encoder.")
+        + KeyMap(rename("cls_head.{i}.{p}", "head.{i}.{p}"))
+    )
