@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import WeightsError
+from zoo.errors import ConfigError, WeightsError
 from zoo.layout import Layout, Segment, lay_out
 from zoo.nn import KVCache, MLMHead, PatchEmbedding, TokenEmbedding, Trunk, share_
 from zoo.weights.keymaps import bert, blip, load_into, vit
@@ -190,3 +191,12 @@ def test_stacks_that_differ_are_refused(g: Any, model: BLIP) -> None:
     state["decoder.layers.0.ffn.up.bias"] = state["decoder.layers.0.ffn.up.bias"] + 1
     with pytest.raises(WeightsError, match="one parameter"):
         blip.keymap().save(state)
+
+
+def test_trunks_that_do_not_match_cannot_share(g: Any) -> None:
+    config = bert.trunk_config(g.info["bert_config"], context_width=g.config["vision_width"])
+    text = bert.trunk_config({**g.info["bert_config"], "add_cross_attention": False})
+    with pytest.raises(ConfigError, match="cannot share"):
+        share_(Trunk(config), Trunk(replace(config, depth=1, blocks=("scf",))))
+    with pytest.raises(ConfigError, match="no unit 'cross'"):
+        share_(Trunk(config), Trunk(text))
