@@ -105,7 +105,7 @@ def llava(batch: int) -> tuple[Any, dict[str, Callable[[], None]]]:
     data = module.model.example_batch(batch)
     data["pixel_values"] = torch.randn_like(data["pixel_values"])
     image, text = recipe.parts["encoder"][1], recipe.parts["decoder"][1]
-    image_id = int(module.model.image_token_id)  # the zoo's image slot takes no row of the table, the peer's does
+    image_id = int(module.model.image_token_id)  # a row of the peer's table, none of ours
     vision = transformers.CLIPVisionConfig(
         image_size=image.image_size, patch_size=image.patch_size, hidden_size=image.width,
         intermediate_size=image.ffn, num_hidden_layers=image.depth, num_attention_heads=image.heads,

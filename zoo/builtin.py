@@ -179,6 +179,27 @@ DATA = (
     ),
 )
 
+TOKENIZERS = (
+    Component(
+        kind="tokenizer",
+        name="openmoji-bpe",
+        ref="zoo.data.text:OpenMojiBpeConfig",
+        summary="byte-level BPE of 1,024 tokens for the embedded corpus; any text can be written with it",
+    ),
+    Component(
+        kind="tokenizer",
+        name="clip-bpe",
+        ref="zoo.data.text:ClipBpeConfig",
+        summary="CLIP's byte-level BPE of 49,408 tokens",
+    ),
+    Component(
+        kind="tokenizer",
+        name="hf",
+        ref="zoo.data.text:HfTokenizerConfig",
+        summary="any transformers tokenizer, as hf:FOLDER_OR_HUB_ID",
+    ),
+)
+
 TASKS = (
     Component(
         kind="task",
@@ -200,6 +221,6 @@ TASKS = (
     ),
 )
 
-PLUGIN = Plugin(
-    name="zoo", components=(*ENCODERS, *TEXT_ENCODERS, *TOWERS, *CONNECTORS, *DECODERS, *BRIDGE, *DATA, *TASKS)
-)
+PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *TOKENIZERS)
+
+PLUGIN = Plugin(name="zoo", components=(*PARTS, *TOWERS, *BRIDGE, *DATA, *TASKS))

@@ -22,6 +22,7 @@ KINDS: dict[str, str] = {
     "connector": "turns tokens into tokens the decoder can read",
     "decoder": "turns tokens into text",
     "objective": "a loss and what it reports",
+    "tokenizer": "turns text into ids and back",
     "wiring": "joins parts into a model",
     "data": "a source of samples",
     "task": "an evaluation",

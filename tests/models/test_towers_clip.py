@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from zoo.data.text import named_tokenizer
 from zoo.errors import ConfigError
-from zoo.models.towers import Towers, named_tokenizer
+from zoo.models.towers import Towers
 from zoo.recipe import resolve
 
 POSITIONS = "attnpool.positional_embedding"

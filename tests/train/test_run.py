@@ -35,11 +35,21 @@ SMALL = [
     "evaluation.split=val",
     "evaluation.tasks=[retrieval]",
 ]
+SMALL_BRIDGE = [
+    *(text for text in SMALL if not text.startswith(("text_encoder", "evaluation.tasks"))),
+    "stages=joint",
+    "connector=qformer",
+    "connector.depth=2",
+    "connector.width=32",
+    "decoder.depth=1",
+    "evaluation.tasks={caption-likelihood: {items: 4}}",
+]
 
 
 def prepared(folder: Path, *overrides: str, model: str = "clip") -> RunConfig:
     folder.mkdir(parents=True)
-    config = run_config([f"model={model}", *SMALL, "budget.value=8", *overrides])
+    sizes = SMALL if model == "clip" else SMALL_BRIDGE
+    config = run_config([f"model={model}", *sizes, "budget.value=8", *overrides])
     config.write(folder / "run.yaml")
     return config
 
@@ -162,10 +172,11 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     assert 0 < state["global_step"] < 100000
 
 
-def test_two_gloo_processes_equal_one_at_equal_global_batch(tmp_path: Path) -> None:
-    prepared(tmp_path / "one")
+@pytest.mark.parametrize("model", ["clip", "llava"])
+def test_two_gloo_processes_equal_one_at_equal_global_batch(model: str, tmp_path: Path) -> None:
+    prepared(tmp_path / "one", model=model)
     run(tmp_path / "one")
-    prepared(tmp_path / "two", "trainer.devices=2")
+    prepared(tmp_path / "two", "trainer.devices=2", model=model)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "zoo.worker"]
     done = subprocess.run(

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from zoo.errors import ConfigError, MissingExtra, WeightsError, near
+from zoo.errors import ConfigError, MissingExtra, WeightsError
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
 """Special tokens of the embedded tokenizer, ids 0 to 3."""
@@ -319,9 +319,18 @@ class HfTokenizerConfig(TokenizerConfig):
 
 # -- loading -----------------------------------------------------------------------------------------------------------
 
-TOKENIZERS: dict[str, type[TokenizerConfig]] = {
-    c.kind: c for c in (OpenMojiBpeConfig, ClipBpeConfig, HfTokenizerConfig)
-}
+
+def named_tokenizer(name: str) -> TextTokenizer:
+    """Build the text tokenizer of a part's ``tokenizer`` field: a registered name, or ``hf:`` and a folder or hub id.
+
+    Raises:
+        ConfigError: Unknown name, with near ones.
+    """
+    from zoo.plugin import catalogue
+
+    kind, _, path = name.partition(":")
+    config: TokenizerConfig = catalogue()["tokenizer"].parse(kind, {"path": path} if path else {}, "tokenizer")
+    return config.build()
 
 
 def _read(path: Path) -> str:
@@ -337,18 +346,18 @@ def load_tokenizer(folder: Path | str) -> TextTokenizer:
     Raises:
         WeightsError: files are missing, damaged, or give other ids than when they were saved.
     """
+    from zoo.plugin import catalogue
+
     folder = Path(folder)
     try:
         about = json.loads(_read(folder / _DESCRIPTION))
         kind, fields = about["kind"], about["fields"]
     except (ValueError, KeyError, TypeError):
         raise WeightsError(f"{str(folder / _DESCRIPTION)!r} is no description of a tokenizer") from None
-    if kind not in TOKENIZERS:
-        raise WeightsError(f"unknown tokenizer {kind!r} in {str(folder)!r}{near(str(kind), TOKENIZERS)}")
     try:
-        config = TOKENIZERS[kind](**fields)
-    except TypeError as error:
-        raise WeightsError(f"the tokenizer {kind!r} in {str(folder)!r} has fields it does not know: {error}") from None
+        config: TokenizerConfig = catalogue()["tokenizer"].parse(str(kind), fields, "tokenizer")
+    except ConfigError as error:
+        raise WeightsError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from None
     tokenizer = config.build(folder)
     if about.get("fingerprint") != tokenizer.fingerprint():
         raise WeightsError(f"the tokenizer in {str(folder)!r} was changed after it was saved; save the model again")

@@ -41,6 +41,10 @@ class Decoder(nn.Module):
         """An empty key/value cache for ``forward``."""
         raise TypeError(f"{type(self).__name__} defines no cache")
 
+    def select_cache(self, cache: Any, index: Tensor) -> Any:
+        """The cache with the rows ``index`` [B'] (long) in that order: candidates of one image, beams."""
+        raise TypeError(f"{type(self).__name__} cannot select rows of a cache")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(PartConfig):

@@ -211,7 +211,7 @@ class Bridge(WritesText, Model):
     def tokenizer(self) -> TextTokenizer:
         """The decoder's text tokenizer, made on first use: published ones need files or the network."""
         if self._tokenizer is None:
-            from zoo.models.towers import named_tokenizer
+            from zoo.data.text import named_tokenizer
 
             self._tokenizer = named_tokenizer(self.decoder_config.tokenizer)
         return self._tokenizer
@@ -262,19 +262,19 @@ class Bridge(WritesText, Model):
         from zoo.data.templates import template
 
         image = Segment("image", self.connector.tokens, "image", "causal")
-        text = Segment("text", self._typical_text, "text", "causal", predicted=True)
+        text = Segment("text", self.typical_targets, "text", "causal", predicted=True)
         if template(self.config.template).image_before_bos:
             return {"decoder": lay_out([image, text])}
         before = Segment("before", 1 if not template(self.config.template).system else TYPICAL_TEXT, "text", "causal")
         return {"decoder": lay_out([before, image, text])}
 
     @property
-    def _typical_text(self) -> int:
+    def typical_targets(self) -> int:
         return max(1, min(TYPICAL_TEXT, self.decoder_config.context_length - self.connector.tokens - 1))
 
     def example_batch(self, batch_size: int = 1) -> dict[str, Tensor]:
         """One image and a caption of typical length an item, every text token a target."""
-        size, text, slots = self.image_config.image_size, self._typical_text, self.connector.tokens
+        size, text, slots = self.image_config.image_size, self.typical_targets, self.connector.tokens
         device = self.device
         ids = torch.ones(batch_size, slots + text, dtype=torch.long, device=device)
         ids[:, :slots] = self.image_token_id

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.encoders.base import Encoder, ImageEncoderConfig, TextEncoderConfig
-from zoo.errors import ConfigError, near
+from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, lay_out
 from zoo.models.base import Model
 from zoo.part import PartConfig, seeded
@@ -191,6 +191,8 @@ class Towers(Model):
     @property
     def tokenizer(self) -> TextTokenizer:
         """The text tokenizer, made on first use: published ones need files or the network."""
+        from zoo.data.text import named_tokenizer
+
         if self._tokenizer is None:
             self._tokenizer = named_tokenizer(self.text_config.tokenizer)
         return self._tokenizer
@@ -260,21 +262,3 @@ def _projection(encoder: Encoder, width: int, seed: int, name: str) -> nn.Module
         projection = nn.Linear(encoder.pooled_width, width, bias=False)
         nn.init.normal_(projection.weight, std=encoder.pooled_width**-0.5)
     return projection
-
-
-def named_tokenizer(name: str) -> TextTokenizer:
-    """Build the text tokenizer of a part's ``tokenizer`` field: a kind, or ``hf:`` and a folder or hub id.
-
-    Raises:
-        ConfigError: Unknown kind, with near names.
-    """
-    from zoo.data.text import TOKENIZERS
-
-    kind, _, path = name.partition(":")
-    if kind not in TOKENIZERS:
-        raise ConfigError(f"unknown tokenizer {name!r}{near(kind, TOKENIZERS)}")
-    fields: dict[str, Any] = {"path": path} if path else {}
-    try:
-        return TOKENIZERS[kind](**fields).build()
-    except TypeError as error:
-        raise ConfigError(f"tokenizer {name!r}: {kind} takes nothing after the colon") from error

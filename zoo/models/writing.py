@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +189,7 @@ class WritesText(nn.Module):
             part = slice(start, start + CANDIDATES)
             count = len(ids[part])
             index = torch.zeros(count, dtype=torch.long, device=ids.device)
-            copied = cast("Any", self.decoder).select_cache(copy.deepcopy(cache), index)
+            copied = self.decoder.select_cache(copy.deepcopy(cache), index)
             layout = self._layout(ids[part], rows["attention_mask"][part], "right")
             tail = self.decoder(
                 TokenBatch(self.decoder.embed(ids[part, shared:]), layout), copied

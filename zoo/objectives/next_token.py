@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,11 +38,11 @@ class NextTokenConfig(ObjectiveConfig):
 
 
 class NextToken(Objective):
-    """Mean cross-entropy, in nats, over the local batch's targets.
+    """Mean cross-entropy, in nats, over the targets of the whole batch.
 
-    With several processes each divides by its own number of targets, so that the gradients DDP averages weigh every
-    process, not every token, alike; processes agree when captions have like lengths. A batch without targets gives a
-    zero that is connected to the graph.
+    With several processes each divides by the mean number of targets a process, so that the losses and gradients DDP
+    averages weigh every token alike, as one process with the whole batch would. A batch without targets gives a zero
+    that is connected to the graph.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
@@ -63,18 +64,24 @@ class NextToken(Objective):
         """
         hidden, targets = outputs["hidden"], outputs["targets"]
         kept = targets != -100  # [B, T]
-        if targets.device.type == "meta":  # counting FLOPs: how many targets there are cannot be seen, so take all
-            kept = torch.ones_like(targets, dtype=torch.bool)
-            chosen, wanted = hidden.flatten(0, 1), targets.flatten()
+        if targets.is_meta:  # counting FLOPs, where values cannot be seen: as many targets as the model calls typical
+            typical = getattr(model, "typical_targets", targets.shape[1])
+            chosen, wanted = hidden[:, -typical:].flatten(0, 1), targets[:, -typical:].flatten()
         else:
             chosen, wanted = hidden[kept], targets[kept]  # [M, D], [M]
         logits = model.decoder.logits(chosen).float()  # [M, V]
-        count = kept.sum().clamp(min=1)
+        sizes = torch.stack([kept.sum(), batch["text_bytes"].sum() if "text_bytes" in batch else kept.sum()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sizes, op=dist.ReduceOp.SUM)
+            tokens, share = sizes[0], sizes / dist.get_world_size()
+        else:
+            tokens, share = sizes[0], sizes.float()
+        count = share[0].clamp(min=1)
         total = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=self.label_smoothing)
         loss = total / count  # with no target: an empty sum, whose gradients are zeros
-        report = {"next_token": loss.detach(), "tokens": kept.sum()}
+        report = {"next_token": loss.detach(), "tokens": tokens}
         if self.z_loss:
             loss = loss + self.z_loss * logits.logsumexp(-1).square().sum() / count
         if "text_bytes" in batch:
-            report["bits_per_byte"] = total.detach() / math.log(2) / batch["text_bytes"].sum().clamp(min=1)
+            report["bits_per_byte"] = total.detach() / math.log(2) / share[1].clamp(min=1)
         return loss, report
