@@ -209,3 +209,22 @@ def test_new_plugin_refuses_a_taken_name_and_an_unwritable_folder(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):
         new_plugin("fine", tmp_path / "file" / "below")
+
+
+def test_doctor_names_a_broken_plugin_and_everything_else_works(
+    install: Callable[..., Catalogue], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zoo.cli import main
+
+    install(Point("torn", raising(RuntimeError("its module does not import"))), Point("good", lambda: GOOD))
+    assert main(["doctor"]) == 1
+    found = capsys.readouterr().out
+    assert "BAD plugin torn: RuntimeError: its module does not import" in found
+    assert "ok  plugin good" in found
+    assert "1 things are wrong" in found
+    assert main(["list", "connector"]) == 0
+    captured = capsys.readouterr()
+    assert "good-linear" in captured.out
+    assert "torn" in captured.err
+    install(Point("good", lambda: GOOD))
+    assert main(["doctor"]) == 0

@@ -1,0 +1,60 @@
+"""FLOPs counted on the meta device equal counts by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zoo.api import build_module
+from zoo.compare.flops import count, count_recipe, frozen_paths
+from zoo.recipe import resolve
+
+
+def block(tokens: int, width: int, ffn: int, matrices: int) -> int:
+    """FLOPs of one transformer layer's products: four attention projections, scores and values, the FFN's matrices."""
+    return 2 * tokens * (4 * width * width + matrices * width * ffn) + 4 * tokens * tokens * width
+
+
+def test_a_two_tower_model_by_hand() -> None:
+    recipe = resolve("clip", scale="tiny")
+    flops = count_recipe(recipe)[0]
+    with torch.device("meta"):
+        batch = build_module(recipe, 0).model.example_batch(2)
+    patches, words = 16, batch["input_ids"].shape[1]
+    image = 2 * patches * (3 * 16 * 16) * 128 + 4 * block(patches + 1, 128, 512, 2)
+    text = 4 * block(words, 128, 512, 2)
+    heads = 2 * 2 * 128 * 128
+    logits = 2 * 2 * 2 * 128  # of two pairs, both ways; the batch counted has two items
+    assert flops.frozen_forward == 0
+    assert flops.trainable_forward == pytest.approx(image + text + heads + logits, rel=0.02)
+    # the backward pass makes two products of each forward one, but for the first layer's input
+    assert flops.backward == pytest.approx(2 * flops.trainable_forward, rel=0.04)
+
+
+def test_frozen_parts_cost_no_weight_gradients() -> None:
+    align, instruct = count_recipe(resolve("llava", scale="tiny"))
+    with torch.device("meta"):
+        module = build_module(resolve("llava", scale="tiny"), 0)
+    tokens = module.model.example_batch(1)["input_ids"].shape[1]
+    decoder = 4 * block(tokens, 128, 512, 3)
+    assert frozen_paths(module.model) == ["encoder", "decoder"]
+    assert align.frozen_forward > decoder
+    assert align.trainable_forward == 2 * 16 * 128 * 128  # one linear map of 16 patches
+    # through a frozen decoder only input gradients flow: one product for each of the forward's, and SDPA's own
+    assert align.backward == pytest.approx(align.frozen_forward - flops_of_encoder(module), rel=0.15)
+    assert instruct.backward > 1.7 * align.backward
+    assert align.frozen_forward + align.trainable_forward == instruct.frozen_forward + instruct.trainable_forward
+
+
+def flops_of_encoder(module: torch.nn.Module) -> int:
+    """What is left frozen when the decoder trains too."""
+    module.set_stage(1)  # type: ignore[operator]
+    left = count(module).frozen_forward  # type: ignore[arg-type]
+    module.set_stage(0)  # type: ignore[operator]
+    return left
+
+
+def test_published_sizes_are_counted_in_seconds_without_memory() -> None:
+    flops = count_recipe(resolve("llava-1.5"))[0]
+    # Vicuna-7B reads 576 image tokens and some text: about 2 x 6.6 G x tokens, plus the eye's 0.3 G x 2 x 577
+    assert 6e12 < flops.frozen_forward < 12e12
