@@ -54,7 +54,7 @@ def make_report(
     """
     given = [str(p) for p in paths]
     board = build_leaderboard(find_runs(given), baseline)
-    return write_report(board, out, command=_report_command(given, baseline), now=now)
+    return write_report(board, out, command=report_command(given, baseline), now=now)
 
 
 def write_report(board: Leaderboard, out: Path | str, command: str = "", now: datetime | None = None) -> Path:
@@ -128,7 +128,7 @@ def render(board: Leaderboard, command: str, now: datetime) -> str:
     return environment.get_template("report.html.j2").render(context)
 
 
-def _report_command(paths: Sequence[str], baseline: str | None) -> str:
+def report_command(paths: Sequence[str], baseline: str | None) -> str:
     import shlex
 
     return shlex.join(["zoo", "report", *paths, *(["--baseline", baseline] if baseline else [])])

@@ -39,8 +39,7 @@ def main(argv: Sequence[str]) -> int:
     name = data.pop("name")
     config = catalogue()["data"].parse(name, data, "data")
     module = load(arguments.checkpoint, arguments.model)
-    image_size = getattr(module.recipe.parts.get("encoder", (None, None))[1], "image_size", None)
-    source = config.build(image_size)
+    source = config.build(module.recipe.image_size)
     split = arguments.split or (run.evaluation.split if run else "test")
     out = Path(arguments.out) if arguments.out else (folder / "eval" / f"{name}-{split}" if run else None)
     with Bars(module.recipe.name) as bars:

@@ -17,9 +17,14 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--baseline", default=None, metavar="NAME", help="run name differences are taken to")
     arguments = parser.parse_args(argv)
-    from zoo.compare.report import make_report
+    from zoo.compare.leaderboard import build_leaderboard
+    from zoo.compare.report import report_command, write_report
+    from zoo.compare.rundir import find_runs
+    from zoo.compare.tables import print_leaderboard
 
+    board = build_leaderboard(find_runs(arguments.runs), arguments.baseline)
+    print_leaderboard(board)
     out = Path(arguments.out) if arguments.out else Path(arguments.runs[0]) / "report.html"
-    page = make_report([Path(run) for run in arguments.runs], out, baseline=arguments.baseline)
-    print(page.resolve())
+    page = write_report(board, out, command=report_command(arguments.runs, arguments.baseline))
+    print(f"\nthe whole comparison: {page.resolve()}")
     return 0

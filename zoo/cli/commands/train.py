@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     failed = [o for o in outcomes if o.status not in ("done", "interrupted")]
     if len(outcomes) > 1:
         print(f"{sum(o.status == 'done' for o in outcomes)} of {len(outcomes)} runs are done")
+        leaderboard([o.folder for o in outcomes if o.status == "done"])
     if any(o.status == "interrupted" for o in outcomes):
         return 130
     return 2 if failed else 0
@@ -86,13 +87,22 @@ def train(argv: Sequence[str]) -> list[Outcome]:
     return [outcome_of(folder) for folder in configs]
 
 
+def leaderboard(folders: Sequence[Path]) -> None:
+    """Print how the finished runs of a sweep compare."""
+    from zoo.compare.leaderboard import build_leaderboard
+    from zoo.compare.rundir import find_runs
+    from zoo.compare.tables import print_leaderboard
+
+    if len(folders) > 1:
+        print_leaderboard(build_leaderboard(find_runs(folders)))
+
+
 def check_offline(config: RunConfig) -> None:
     """What a run needs from outside and can be checked at once: its data."""
     from zoo.plugin import catalogue
 
     values = {k: v for k, v in config.data.items() if k != "name"}
-    image_size = getattr(config.recipe.parts.get("encoder", (None, None))[1], "image_size", None)
-    source = catalogue()["data"].parse(config.data["name"], values, "data").build(image_size)
+    source = catalogue()["data"].parse(config.data["name"], values, "data").build(config.recipe.image_size)
     for split in ("train", config.evaluation.split):
         if not source.ids(split):
             raise ConfigError(f"data {config.data['name']!r} has no samples in its {split} split")
