@@ -111,8 +111,8 @@ def llava(batch: int) -> tuple[Any, dict[str, Callable[[], None]]]:
         intermediate_size=image.ffn, num_hidden_layers=image.depth, num_attention_heads=image.heads,
     )  # fmt: skip
     language = transformers.LlamaConfig(
-        vocab_size=max(text.vocab_size, image_id + 1), hidden_size=text.width, intermediate_size=text.ffn, num_hidden_layers=text.depth,
-        num_attention_heads=text.heads, num_key_value_heads=text.kv_heads,
+        vocab_size=max(text.vocab_size, image_id + 1), hidden_size=text.width, intermediate_size=text.ffn,
+        num_hidden_layers=text.depth, num_attention_heads=text.heads, num_key_value_heads=text.kv_heads,
     )  # fmt: skip
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=language, image_token_index=image_id,

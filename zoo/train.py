@@ -301,9 +301,12 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
     folder = Path(folder)
     config = RunConfig.read(folder / "run.yaml")
     main = int(os.environ.get("RANK", "0")) == 0
+    ranks = config.trainer.devices * config.trainer.nodes
+    present = int(os.environ.get("WORLD_SIZE", "1"))
+    if present != ranks:  # Lightning would train on what there is, with half the data and no error
+        raise RunError(f"the run is for {ranks} devices but {present} processes were started: use zoo train, or torchrun")
     values = {k: v for k, v in config.data.items() if k != "name"}
-    image_size = getattr(config.recipe.parts.get("encoder", (None, None))[1], "image_size", None)
-    source = catalogue()["data"].parse(config.data["name"], values, "data").build(image_size)
+    source = catalogue()["data"].parse(config.data["name"], values, "data").build(config.recipe.image_size)
     module = build_module(config.recipe, config.seed)
     manifest = Manifest(folder, start_manifest(config, module, source), main)
     manifest.update(flops=training_flops(config), status="running")
@@ -439,10 +442,6 @@ def train(
         )
         with keeper.listening(), quiet_lightning():
             trainer.fit(module, batches, ckpt_path=str(path) if state is not None else None, weights_only=True)
-        if trainer.world_size != ranks:
-            raise RunError(
-                f"the run was meant for {ranks} devices and ran on {trainer.world_size}: start it through zoo train"
-            )
         save_checkpoint(trainer, path)
         state = None
     lines = read_lines(folder / "curve.jsonl")

@@ -192,6 +192,21 @@ def test_two_gloo_processes_equal_one_at_equal_global_batch(model: str, tmp_path
         torch.testing.assert_close(left[name], right[name], atol=1e-4, rtol=1e-4)
 
 
+def test_a_run_for_two_devices_is_refused_in_one_process(tmp_path: Path) -> None:
+    prepared(tmp_path / "two", "trainer.devices=2")
+    with pytest.raises(RunError, match="for 2 devices but 1 processes"):
+        run(tmp_path / "two")
+
+
+def test_bf16_autocast_trains_close_to_fp32(whole: Path, tmp_path: Path) -> None:
+    prepared(tmp_path / "bf16", *HARD, "trainer.precision=bf16")
+    run(tmp_path / "bf16")
+    for (step, a), (_, b) in zip(curve(tmp_path / "bf16"), curve(whole), strict=True):
+        assert a == pytest.approx(b, rel=0.05), step
+    assert curve(tmp_path / "bf16") != curve(whole)
+    assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "bf16").values())
+
+
 def test_micro_batches_see_the_same_samples(tmp_path: Path) -> None:
     prepared(tmp_path / "micro", "trainer.accumulate=2")
     run(tmp_path / "micro")
