@@ -304,7 +304,7 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
     ranks = config.trainer.devices * config.trainer.nodes
     present = int(os.environ.get("WORLD_SIZE", "1"))
     if present != ranks:  # Lightning would train on what there is, with half the data and no error
-        raise RunError(f"the run is for {ranks} devices but {present} processes were started: use zoo train, or torchrun")
+        raise RunError(f"the run is for {ranks} devices but {present} processes were started: start it with zoo train")
     values = {k: v for k, v in config.data.items() if k != "name"}
     source = catalogue()["data"].parse(config.data["name"], values, "data").build(config.recipe.image_size)
     module = build_module(config.recipe, config.seed)
