@@ -147,6 +147,12 @@ DECODERS = (
         ref="zoo.decoders.trunk_lm:TrunkLMConfig",
         summary="a causal LM on the zoo's own trunk, like Llama by default",
     ),
+    Component(
+        kind="decoder",
+        name="bert-decoder",
+        ref="zoo.decoders.bert_decoder:BertDecoderConfig",
+        summary="BERT base that writes: causal, cross-attends an image or a question (BLIP's decoder)",
+    ),
 )  # fmt: skip
 
 BRIDGE = (
@@ -161,6 +167,31 @@ BRIDGE = (
         name="next-token",
         ref="zoo.objectives.next_token:NextTokenConfig",
         summary="cross-entropy of the next token, where there is a target",
+    ),
+)
+
+_MULTIWAY = "zoo.trunks.multiway:MultiwayConfig"
+_VLMO_LARGE: dict[str, Any] = {"width": 1024, "depth": 24, "heads": 16, "ffn": 4096, "pair_layers": 3}
+_VLMO_PLUS: dict[str, Any] = {
+    "width": 544, "depth": 24, "heads": 16, "ffn": 2176, "pair_layers": 3,
+    "relative": False, "text_rows": 40, "layer_scale": None,
+}  # fmt: skip
+
+TRUNKS = tuple(
+    Component(kind="trunk", name=name, ref=_MULTIWAY, preset=preset, summary=summary)
+    for name, preset, summary in (
+        ("vlmo-base", {}, "VLMo base: 12 layers of width 768, pair experts in the last 2, relative positions"),
+        ("vlmo-base-plus", _VLMO_PLUS, "VLMo base+: 24 layers of width 544, pair experts in the last 3"),
+        ("vlmo-large", _VLMO_LARGE, "VLMo large: 24 layers of width 1024, pair experts in the last 3"),
+    )
+)
+
+EXPERTS = (
+    Component(
+        kind="wiring",
+        name="experts",
+        ref="zoo.models.experts:ExpertsConfig",
+        summary="one trunk with modality experts: images, texts and pairs through the same attention",
     ),
 )
 
@@ -221,6 +252,6 @@ TASKS = (
     ),
 )
 
-PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *TOKENIZERS)
+PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *TRUNKS, *TOKENIZERS)
 
-PLUGIN = Plugin(name="zoo", components=(*PARTS, *TOWERS, *BRIDGE, *DATA, *TASKS))
+PLUGIN = Plugin(name="zoo", components=(*PARTS, *TOWERS, *BRIDGE, *EXPERTS, *DATA, *TASKS))

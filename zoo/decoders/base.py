@@ -17,10 +17,14 @@ class Decoder(nn.Module):
     Attributes:
         width: Width of its embeddings and hidden states.
         vocab_size: Rows of the embedding table and width of the logits.
+        context_width: Width of the context that it cross-attends; 0 = it reads none. Decoders that read one take
+            ``context`` [B, N, context_width] and ``context_mask`` [B, N] by keyword in ``forward``, and keep its keys
+            and values in the cache.
     """
 
     width: int
     vocab_size: int
+    context_width: int = 0
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings [B, T, width], without positions."""

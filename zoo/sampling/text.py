@@ -1,4 +1,5 @@
-"""Writing text with a decoder: greedy or sampled, over a key/value cache, the same whatever shares the batch."""
+"""Writing text with a decoder: greedy, sampled or by beams, over a key/value cache, the same whatever shares the
+batch."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from zoo.decoders.base import Decoder
 from zoo.errors import ConfigError
 from zoo.layout import Layout, TokenBatch
+from zoo.sampling.beam import search
+
+LENGTHS = ("new", "whole")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,13 @@ class Decoding:
         top_k: Sample among the k likeliest tokens only; 0 = no limit.
         top_p: Sample among the fewest likeliest tokens that hold this mass (nucleus sampling, arXiv 1904.09751).
         seed: Of the samples; every row has its own stream.
+        beams: Hypotheses a row that are followed at once; 1 = none but the one (``zoo.sampling.beam``).
+        length_penalty: Exponent of the length by which a hypothesis' log p is divided; 0 = plain log p.
+        length: What that length is: ``new`` counts the written tokens and the stop (transformers since 4.3x), ``whole``
+            the prompt and the written tokens without the stop (transformers 4.15, which BLIP was published with). With
+            a prompt of one token the two agree.
+        repetition_penalty: Above 1, logits of ids that stand in the prompt or were written are divided by it where
+            positive and multiplied where negative (CTRL, arXiv 1909.05858, section 4.1).
     """
 
     max_new_tokens: int = 32
@@ -32,6 +43,10 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
+    length: str = "new"
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -44,6 +59,13 @@ class Decoding:
                 f"temperature = {self.temperature}, top_k = {self.top_k}, top_p = {self.top_p}:"
                 " expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
             )
+        if self.beams < 1 or self.repetition_penalty <= 0 or self.length not in LENGTHS:
+            raise ConfigError(
+                f"beams = {self.beams}, repetition_penalty = {self.repetition_penalty}, length = {self.length!r}:"
+                f" expected beams >= 1, repetition_penalty > 0 and length one of {', '.join(LENGTHS)}"
+            )
+        if self.beams > 1 and self.temperature:
+            raise ConfigError(f"beams = {self.beams} with temperature = {self.temperature}: set one or the other")
 
 
 def choose(logits: Tensor, decoding: Decoding, draw: Tensor | None = None) -> Tensor:
@@ -72,6 +94,21 @@ def choose(logits: Tensor, decoding: Decoding, draw: Tensor | None = None) -> Te
     return order.gather(1, place)[:, 0]
 
 
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (or log p) [..., V] with those of the ids ``seen`` [..., V] weighed down; see ``Decoding``."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def ids_seen(ids: Tensor, vocab_size: int, real: Tensor | None = None) -> Tensor:
+    """Which of the ids 0 to ``vocab_size`` - 1 stand in ``ids`` [B, T]: [B, vocab_size] bool. Ids outside (image
+    placeholders) and those that are not ``real`` [B, T] are left out."""
+    kept = (ids >= 0) & (ids < vocab_size)
+    if real is not None:
+        kept = kept & real
+    counts = torch.zeros(ids.shape[0], vocab_size, dtype=torch.long, device=ids.device)
+    return counts.scatter_add(1, ids.clamp(0, vocab_size - 1), kept.long()) > 0
+
+
 def streams(seed: int, first: int, count: int) -> list[torch.Generator]:
     """One generator a row, by its number in the whole request, so that splitting it into batches changes nothing."""
     return [torch.Generator().manual_seed((seed * 1_000_003 + first + i) % 2**63) for i in range(count)]
@@ -87,6 +124,9 @@ def write(
     stop_ids: Sequence[int],
     pad_id: int,
     generators: Sequence[torch.Generator] | None = None,
+    context: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    prompt_ids: Tensor | None = None,
 ) -> Tensor:
     """Continue each row of a prompt until a stop token or ``max_new_tokens``.
 
@@ -96,6 +136,9 @@ def write(
         stop_ids: Tokens after which a row is finished; the stop is part of what is returned.
         pad_id: Fills rows behind their stop.
         generators: One a row, when sampling; made from ``decoding.seed`` by default.
+        context: [B, N, C] what a cross-attending decoder reads, handed over with the prompt.
+        context_mask: [B, N] bool, True = real.
+        prompt_ids: [B, T] the ids of the prompts, which a repetition penalty counts.
 
     Returns:
         [B, n] int64 new token ids, n <= ``max_new_tokens``. Writing also ends where the decoder's context is full.
@@ -111,6 +154,19 @@ def write(
             f"the prompt has {length} tokens, image tokens included, and the decoder reads {length + room - 1}:"
             " shorten the prompt or give the decoder a longer context_length"
         )
+    given = {"context": context, "context_mask": context_mask}
+    reads = {key: value for key, value in given.items() if value is not None}
+    seen: Tensor | None = None
+    if decoding.repetition_penalty != 1:
+        seen = torch.zeros(batch, decoder.vocab_size, dtype=torch.bool, device=device)
+        if prompt_ids is not None:
+            seen = ids_seen(prompt_ids, decoder.vocab_size, layout.real)
+    if decoding.beams > 1:
+        steps = min(decoding.max_new_tokens, room)
+        return search(
+            decoder, embeds, layout, decoding,
+            steps=steps, stop_ids=stop_ids, pad_id=pad_id, context=reads, seen=seen,
+        )  # fmt: skip
     if decoding.temperature and generators is None:
         generators = streams(decoding.seed, 0, batch)
     stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
@@ -122,8 +178,10 @@ def write(
         if step:
             layout = layout.append(name)
             embeds = decoder.embed(written[-1][:, None])  # [B, 1, D]
-        hidden = decoder(TokenBatch(embeds, layout), cache)[:, -1]  # [B, D]
+        hidden = decoder(TokenBatch(embeds, layout), cache, **({} if step else reads))[:, -1]  # [B, D]
         logits = decoder.logits(hidden).float()  # [B, V]
+        if seen is not None:
+            logits = penalised(logits, seen, decoding.repetition_penalty)
         if step < decoding.min_new_tokens:
             logits[:, stops] = -torch.inf
         draw = None
@@ -131,6 +189,8 @@ def write(
             draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(device)
         token = torch.where(done, pad_id, choose(logits, decoding, draw))
         written.append(token)
+        if seen is not None:
+            seen = seen.scatter(1, token[:, None], True)
         done = done | torch.isin(token, stops)
         if bool(done.all()):
             break

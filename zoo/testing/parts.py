@@ -240,11 +240,12 @@ def check_decoder(name: str, *, scale: str | None = "tiny") -> None:
     ids = torch.randint(0, config.vocab_size, (3, text), generator=torch.Generator().manual_seed(0))
     visual = 0.5 * _random(3, image, module.width)
     segments = [Segment("image", image), Segment("text", text)]
+    context = _random(3, 4, module.context_width, seed=2) if module.context_width else None
 
     def run(m: Any, rows: slice = slice(None), ids: Tensor = ids, real: Tensor | None = None) -> dict[str, Tensor]:
         embeds = torch.cat([visual[rows], m.embed(ids[rows])], 1)  # [B, T, D]
         layout = lay_out(segments, embeds.shape[0], real=None if real is None else real[rows])
-        hidden = m(TokenBatch(embeds, layout))
+        hidden = m(TokenBatch(embeds, layout), **({} if context is None else {"context": context[rows]}))
         return {"hidden": hidden, "logits": m.logits(hidden)}
 
     with torch.no_grad():
@@ -263,21 +264,26 @@ def check_decoder(name: str, *, scale: str | None = "tiny") -> None:
         one, two = run(module, real=real)["hidden"], run(module, ids=changed, real=real)["hidden"]
         close(one[1] * real[1][:, None], two[1] * real[1][:, None], f"{what}: a pad is read", 1e-5)
         close(out["hidden"][1, :-2], one[1, :-2], f"{what}: pads change the rows before them")
-        _check_cache(module, torch.cat([visual, module.embed(ids)], 1), lay_out(segments, 3), out["hidden"], what)
+        whole = torch.cat([visual, module.embed(ids)], 1)
+        _check_cache(module, whole, lay_out(segments, 3), out["hidden"], context, what)
+        if context is not None:
+            bare = module(TokenBatch(whole, lay_out(segments, 3)))
+            expect(float((bare - out["hidden"]).abs().max()) > 1e-3, f"{what}: it does not read its context")
     _common(module, config.build, run, what)
     with torch.no_grad():
         _alone(lambda rows: run(module, rows), what)
 
 
-def _check_cache(module: Any, embeds: Tensor, layout: Any, whole: Tensor, what: str) -> None:
-    """A prefill and single steps give what one pass gives."""
+def _check_cache(module: Any, embeds: Tensor, layout: Any, whole: Tensor, context: Tensor | None, what: str) -> None:
+    """A prefill and single steps give what one pass gives; a context is read in the prefill and remembered."""
     import torch
 
     from zoo.layout import TokenBatch
 
     cache = module.new_cache()
     start, length = 6, embeds.shape[1]
-    rows = [module(TokenBatch(embeds[:, :start], layout.truncate(start)), cache)]
+    first = TokenBatch(embeds[:, :start], layout.truncate(start))
+    rows = [module(first, cache, **({} if context is None else {"context": context}))]
     for at in range(start, length):
         rows.append(module(TokenBatch(embeds[:, at : at + 1], layout.truncate(at + 1)), cache))
     close(torch.cat(rows, 1), whole, f"{what}: decoding with a cache differs from one pass")
