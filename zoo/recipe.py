@@ -58,6 +58,9 @@ class ObjectiveConfig(PartConfig):
 
     weight: float = 1.0
 
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a global batch (of one forward pass) that the objective cannot train with; raises ConfigError."""
+
     def build(self) -> Any:
         """Build the ``zoo.objectives.base.Objective``."""
         raise TypeError(f"{type(self).__name__} defines no build")
@@ -143,6 +146,14 @@ class Recipe:
     def name(self) -> str:
         """``blip2-opt+connector=mlp``: a changed part shows everywhere."""
         return self.model + "".join(f"+{key}={value}" for key, value in self.changed)
+
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the images the model reads; None where its parts do not say."""
+        sizes = (
+            getattr(self.parts[slot][1], "image_size", None) for slot in ("encoder", "trunk") if slot in self.parts
+        )
+        return next((size for size in sizes if size is not None), None)
 
     def stage_optimizer(self, index: int) -> OptimizerConfig:
         """The optimizer of a stage, its own fields over the recipe's."""
@@ -242,6 +253,7 @@ class _Plain:
     text_encoder: dict[str, Any] | None = None
     connector: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
+    trunk: dict[str, Any] | None = None
     objective: dict[str, dict[str, Any]]
     stages: list[dict[str, Any]]
     optimizer: dict[str, Any]

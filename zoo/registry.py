@@ -21,6 +21,7 @@ KINDS: dict[str, str] = {
     "text_encoder": "turns text into tokens and one vector",
     "connector": "turns tokens into tokens the decoder can read",
     "decoder": "turns tokens into text",
+    "trunk": "turns images, text, or both at once into tokens",
     "objective": "a loss and what it reports",
     "tokenizer": "turns text into ids and back",
     "wiring": "joins parts into a model",

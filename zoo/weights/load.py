@@ -161,7 +161,7 @@ def _touched(stored: Recipe, recipe: Recipe) -> dict[str, bool]:
 
 def _same_tokenizer(stored: Recipe, recipe: Recipe) -> bool:
     def names(r: Recipe) -> list[Any]:
-        return [getattr(r.parts[s][1], "tokenizer", None) for s in ("text_encoder", "decoder") if s in r.parts]
+        return [getattr(r.parts[s][1], "tokenizer", None) for s in ("text_encoder", "decoder", "trunk") if s in r.parts]
 
     return names(stored) == names(recipe)
 

@@ -1,0 +1,1 @@
+"""Parts: trunks that read images, text, or both, one small file each, Config beside class."""
