@@ -7,6 +7,7 @@ worker reads the resolved run.yaml, imports no Hydra, and so all ranks of all jo
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,13 +31,23 @@ def launch(folder: Path, devices: int, nodes: int = 1) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank."""
+    from zoo.cli.progress import Bars
     from zoo.errors import ZooError
+    from zoo.run_config import RunConfig
     from zoo.train import Interrupted, run
 
     folder = Path((arguments or sys.argv[1:])[0])
     try:
-        run(folder)
-    except Interrupted:
+        if int(os.environ.get("RANK", "0")):
+            run(folder)
+        else:
+            config = RunConfig.read(folder / "run.yaml")
+            with Bars(f"{config.name} seed={config.seed}") as bars:
+                run(folder, progress=bars)
+            print(f"{folder}: done")
+    except Interrupted as stop:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"\ninterrupted at {stop}; the same command goes on from there ({folder})")
         return INTERRUPTED
     except ZooError as error:
         print(f"error: {error}", file=sys.stderr)
