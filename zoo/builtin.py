@@ -188,10 +188,46 @@ TRUNKS = tuple(
 
 EXPERTS = (
     Component(
+        kind="objective",
+        name="pair-contrastive",
+        ref="zoo.objectives.contrastive:PairContrastiveConfig",
+        summary="the contrastive objective behind the pair experts, with its own temperature (VLMo)",
+    ),
+    Component(
         kind="wiring",
         name="experts",
         ref="zoo.models.experts:ExpertsConfig",
         summary="one trunk with modality experts: images, texts and pairs through the same attention",
+    ),
+)
+
+IMAGE_TOKENIZERS = (
+    Component(
+        kind="image_tokenizer",
+        name="vq",
+        ref="zoo.tokenizers.vq:VQConfig",
+        summary="convolutions around 8,192 codes of unit length that follow their vectors; learns from any images",
+    ),
+    Component(
+        kind="image_tokenizer",
+        name="stored-codes",
+        ref="zoo.tokenizers.stored:StoredCodesConfig",
+        summary="codes computed once, read from a file by the sample's id (path=FILE)",
+    ),
+)
+
+AUTOENCODER = (
+    Component(
+        kind="wiring",
+        name="autoencoder",
+        ref="zoo.models.autoencoder:AutoencoderConfig",
+        summary="an image tokenizer alone: images to codes and back",
+    ),
+    Component(
+        kind="objective",
+        name="vq-reconstruction",
+        ref="zoo.objectives.vq_reconstruction:VQReconstructionConfig",
+        summary="draw the image again from its codes, and stay near them; trains image tokenizers",
     ),
 )
 
@@ -246,12 +282,18 @@ TASKS = (
     ),
     Component(
         kind="task",
+        name="reconstruction",
+        ref="zoo.evaluation.reconstruction:ReconstructionConfig",
+        summary="PSNR of images drawn from their codes, and how many codes are used",
+    ),
+    Component(
+        kind="task",
         name="naming",
         ref="zoo.evaluation.naming:NamingConfig",
         summary="exact match of the generated name, and its rank among 100 names",
     ),
 )
 
-PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *TRUNKS, *TOKENIZERS)
+PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *TRUNKS, *TOKENIZERS, *IMAGE_TOKENIZERS)
 
-PLUGIN = Plugin(name="zoo", components=(*PARTS, *TOWERS, *BRIDGE, *EXPERTS, *DATA, *TASKS))
+PLUGIN = Plugin(name="zoo", components=(*PARTS, *TOWERS, *BRIDGE, *EXPERTS, *AUTOENCODER, *DATA, *TASKS))

@@ -28,10 +28,12 @@ class ContrastiveConfig(ObjectiveConfig):
             the same loss and gradient as one process, and the least work), ``full`` (every rank computes the whole
             matrix), ``none`` (own rank only).
         label_smoothing: Mass spread evenly over the batch; CLIP uses none.
+        clamp: Keep the temperature's logarithm in [0, ln 100] after each step; VLMo does not.
     """
 
     gather: str = "local"
     label_smoothing: float = 0.0
+    clamp: bool = True
 
     def __post_init__(self) -> None:
         if self.gather not in GATHERS:
@@ -41,6 +43,15 @@ class ContrastiveConfig(ObjectiveConfig):
 
     def build(self) -> Contrastive:
         return Contrastive(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairContrastiveConfig(ContrastiveConfig):
+    """The contrastive objective once more, behind the pair experts, with a temperature of its own (unilm
+    vlmo/modules/objectives.py, compute_itc; the paper describes only the first)."""
+
+    def build(self) -> PairContrastive:
+        return PairContrastive(self)
 
 
 class _Gather(torch.autograd.Function):
@@ -77,9 +88,11 @@ class Contrastive(Objective):
     """Mean of the image-to-text and the text-to-image cross-entropy; pairs stand on the diagonal."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"image_embeds", "text_embeds", "logit_scale"})
+    prefix: ClassVar[str] = ""  # of the outputs and of the model's temperature
 
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()
+        self.clamp = config.clamp
         self.gather = config.gather
         self.label_smoothing = config.label_smoothing
 
@@ -92,10 +105,11 @@ class Contrastive(Objective):
         Returns:
             The loss in nats, and ``logit_scale`` (the factor itself) and ``image_to_text_accuracy`` in [0, 1].
         """
+        images, texts = outputs[f"{self.prefix}image_embeds"], outputs[f"{self.prefix}text_embeds"]
         # similarities of unit vectors times up to 100 leave bfloat16 two digits
-        with full_precision(outputs["image_embeds"]):
-            images, texts = outputs["image_embeds"].float(), outputs["text_embeds"].float()
-            scale = outputs["logit_scale"].float().exp()
+        with full_precision(images):
+            images, texts = images.float(), texts.float()
+            scale = outputs[f"{self.prefix}logit_scale"].float().exp()
             several = self.gather != "none" and dist.is_available() and dist.is_initialized()
             first = 0
             all_images, all_texts = images, texts
@@ -118,4 +132,12 @@ class Contrastive(Objective):
     @torch.no_grad()
     def after_step(self, model: Any) -> None:
         """Keep the temperature's logarithm in [0, ln 100], as open_clip's training loop does after each step."""
-        model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+        if self.clamp:
+            getattr(model, f"{self.prefix}logit_scale").clamp_(0.0, MAX_LOGIT_SCALE)
+
+
+class PairContrastive(Contrastive):
+    """``Contrastive`` of ``pair_image_embeds``, ``pair_text_embeds`` and ``pair_logit_scale``."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"pair_image_embeds", "pair_text_embeds", "pair_logit_scale"})
+    prefix: ClassVar[str] = "pair_"

@@ -17,6 +17,7 @@ from zoo.testing.config import check_config
 from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
 from zoo.testing.plugins import check_component, check_light, check_plugin
 from zoo.testing.recipes import check_objective, check_published, check_recipe
+from zoo.testing.trunks import check_trunk
 
 __all__ = [
     "check_component",
@@ -30,4 +31,5 @@ __all__ = [
     "check_published",
     "check_recipe",
     "check_text_encoder",
+    "check_trunk",
 ]

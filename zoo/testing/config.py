@@ -41,6 +41,14 @@ def base_of(kind: str) -> type[Any]:
         from zoo.decoders.base import DecoderConfig
 
         return DecoderConfig
+    if kind == "trunk":
+        from zoo.trunks.base import SharedTrunkConfig
+
+        return SharedTrunkConfig
+    if kind == "image_tokenizer":
+        from zoo.tokenizers.base import ImageTokenizerConfig
+
+        return ImageTokenizerConfig
     return {"objective": ObjectiveConfig, "wiring": WiringConfig}.get(kind, object)
 
 

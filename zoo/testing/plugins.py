@@ -11,6 +11,7 @@ from zoo.plugin import API, Plugin, catalogue, registered
 from zoo.testing.config import check_config, expect
 from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
 from zoo.testing.recipes import check_objective, check_published, check_recipe
+from zoo.testing.trunks import check_trunk
 
 HEAVY = ("torch", "transformers", "timm", "open_clip", "lightning", "hydra", "torchvision")
 
@@ -20,6 +21,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "text_encoder": check_text_encoder,
     "connector": check_connector,
     "decoder": check_decoder,
+    "trunk": check_trunk,
     "objective": check_objective,
 }
 

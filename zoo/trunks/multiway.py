@@ -153,8 +153,9 @@ class Multiway(SharedTrunk):
         self.trunk = Trunk(c.trunk())
         self.grid = self.stem.grid
         self.tokens = self.grid[0] * self.grid[1] + 1
-        index = pair_relative_index(self.grid, c.context_length, c.rows) if c.relative else None
-        self.register_buffer("index", index, persistent=False)
+        with torch.device("cpu"):  # the table is made from values, which "meta" does not have
+            index = pair_relative_index(self.grid, c.context_length, c.rows) if c.relative else None
+        self.register_buffer("index", None if index is None else index.to(self.stem.patch.weight.device), False)
 
     # -- embeddings ------------------------------------------------------------------------------------------------
 
