@@ -66,13 +66,16 @@ class WritesText(nn.Module):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
     ) -> list[str]:
         """Write one text an image, greedily by default.
 
         Args:
             prompts: One question an image; the wiring's own by default.
             max_new_tokens: Most tokens to write; fewer where the decoder's context is full.
-            temperature: 0 = greedy, else see ``zoo.sampling.text.Decoding``, also for the rest.
+            temperature: 0 = greedy or beams, else see ``zoo.sampling.text.Decoding``, also for the rest.
         """
         decoding = Decoding(
             max_new_tokens=max_new_tokens,
@@ -81,6 +84,9 @@ class WritesText(nn.Module):
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            beams=beams,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
         )
         _same_length(images, prompts, "prompts")
         out: list[str] = []
@@ -130,6 +136,7 @@ class WritesText(nn.Module):
             stop_ids=sorted(self.processor.stop_ids) if stop_ids is None else stop_ids,
             pad_id=self.tokenizer.pad_id if pad_id is None else pad_id,
             generators=generators,
+            prompt_ids=input_ids,
         )
 
     def score_text(
