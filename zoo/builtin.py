@@ -46,6 +46,8 @@ ENCODERS = (
     _encoder("vit-tiny-16", "vit:ViTConfig", "ViT-Ti/16 on the zoo's trunk", width=192, heads=3, ffn=768),
     _encoder("vit-s-16", "vit:ViTConfig", "ViT-S/16 on the zoo's trunk", width=384, heads=6, ffn=1536),
     _encoder("vit-b-16", "vit:ViTConfig", "ViT-B/16 on the zoo's trunk"),
+    _encoder("vit-b-16-256", "vit:ViTConfig", "ViT-B/16 on the zoo's trunk, 256 px, 257 tokens", image_size=256),
+    _encoder("vit-b-16-384", "vit:ViTConfig", "ViT-B/16 on the zoo's trunk, 384 px, 577 tokens", image_size=384),
     _encoder(
         "vit-l-16", "vit:ViTConfig", "ViT-L/16 on the zoo's trunk", width=1024, depth=24, heads=16, ffn=4096
     ),
@@ -231,6 +233,39 @@ AUTOENCODER = (
     ),
 )
 
+FUSION = (
+    Component(
+        kind="text_encoder",
+        name="albef-bert",
+        ref="zoo.encoders.bert:BertConfig",
+        summary="BERT base whose last 6 of 12 layers also read the image (ALBEF)",
+    ),
+    Component(
+        kind="wiring",
+        name="fusion",
+        ref="zoo.models.fusion:FusionConfig",
+        summary="two encoders that meet in a dot product; the text's then reads the image (ALBEF, BLIP)",
+    ),
+    Component(
+        kind="objective",
+        name="momentum-contrastive",
+        ref="zoo.objectives.momentum:MomentumContrastiveConfig",
+        summary="contrast with a momentum copy's keys, a queue of past ones, and soft targets (ALBEF, BLIP)",
+    ),
+    Component(
+        kind="objective",
+        name="matching",
+        ref="zoo.objectives.matching:MatchingConfig",
+        summary="do image and text belong together? with hard negatives drawn by similarity",
+    ),
+    Component(
+        kind="objective",
+        name="masked-lm",
+        ref="zoo.objectives.masked_lm:MaskedLMConfig",
+        summary="masked words predicted with the image in sight, distilled from a momentum copy",
+    ),
+)
+
 DATA = (
     Component(
         kind="data",
@@ -296,4 +331,4 @@ TASKS = (
 
 PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *TRUNKS, *TOKENIZERS, *IMAGE_TOKENIZERS)
 
-PLUGIN = Plugin(name="zoo", components=(*PARTS, *TOWERS, *BRIDGE, *EXPERTS, *AUTOENCODER, *DATA, *TASKS))
+PLUGIN = Plugin(name="zoo", components=(*PARTS, *TOWERS, *BRIDGE, *EXPERTS, *AUTOENCODER, *FUSION, *DATA, *TASKS))

@@ -15,6 +15,7 @@ from zoo.capabilities import capabilities_of
 from zoo.errors import ConfigError, near
 from zoo.models.base import Model
 from zoo.objectives.base import Objective
+from zoo.objectives.momentum import Momentum, shared_momentum
 from zoo.recipe import OptimizerConfig, Recipe
 from zoo.torchvision_ops import ensure
 
@@ -61,6 +62,7 @@ class ZooModule(LightningModule):
     Attributes:
         model: The plain ``nn.Module``.
         objectives: Registry name -> objective.
+        momentum: The moving average of the model that objectives learn from, or None.
         recipe: What it was built from.
         stage: Index of the recipe's stage that is being trained.
         steps: Optimizer steps of this stage; None = what the Trainer estimates.
@@ -70,7 +72,9 @@ class ZooModule(LightningModule):
         super().__init__()
         self.model = model
         self.recipe = recipe
-        self.objectives = nn.ModuleDict(build_objectives(recipe, model))
+        objectives = build_objectives(recipe, model)
+        self.objectives = nn.ModuleDict(objectives)
+        self.momentum: Momentum | None = shared_momentum(objectives.values(), model)
         self.steps: int | None = None
         self.report: dict[str, Tensor] = {}
         self.set_stage(0)
@@ -122,6 +126,10 @@ class ZooModule(LightningModule):
             The scalar to minimise, and what to log: each objective's own report, prefixed by its name when there are
             several.
         """
+        active: list[Any] = [self.objectives[name] for name in self.active]
+        momentum = self.momentum if any(o.momentum_rate is not None for o in active) else None
+        if momentum is not None and self.training:
+            momentum.update(self.model)
         outputs = self.model(batch)
         total: Tensor | None = None
         report: dict[str, Tensor] = {}
@@ -131,6 +139,11 @@ class ZooModule(LightningModule):
             total = loss if total is None else total + loss
             report[name] = loss.detach()
             report.update({f"{name}/{key}": value for key, value in values.items()})
+        if self.training:
+            for objective in active:
+                objective.after_forward()
+            if momentum is not None:
+                momentum.finish()
         assert total is not None  # a recipe has at least one objective
         return total, {"loss": total.detach(), **report}
 
@@ -153,6 +166,8 @@ class ZooModule(LightningModule):
         """
         config = self.recipe.stage_optimizer(self.stage)
         steps = self.steps if self.steps is not None else int(self.trainer.estimated_stepping_batches)
+        if self.momentum is not None:
+            self.momentum.steps = steps
         decay: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SIZE_FIELDS = frozenset(
     {
         "width", "depth", "heads", "kv_heads", "head_dim", "ffn", "image_size", "patch_size", "vocab_size",
-        "context_length", "embed_width", "queries", "tokenizer", "latents", "stem_width", "dropout",
+        "context_length", "embed_width", "queries", "queue_size", "tokenizer", "latents", "stem_width", "dropout",
     }
 )  # fmt: skip
 """Fields that ``scale`` may set. A recipe's body may not: a published size is a preset of a part's name."""

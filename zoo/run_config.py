@@ -119,6 +119,8 @@ class RunConfig:
                 f"{per_step}"
             )
         self.stage_steps()
+        for objective in self.recipe.objectives.values():
+            objective.check_batch(self.batch_size // self.trainer.accumulate)
         values = dict(self.data)
         name = values.pop("name", None)
         if name is None:

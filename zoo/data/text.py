@@ -29,6 +29,7 @@ class TextTokenizer(ABC):
     bos_id: int
     eos_id: int
     image_token_id: int | None
+    mask_id: int | None = None
 
     def __init__(self, config: TokenizerConfig) -> None:
         self.config = config
@@ -56,7 +57,7 @@ class TextTokenizer(ABC):
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that stand for no text."""
-        ids = {self.pad_id, self.bos_id, self.eos_id, self.image_token_id}
+        ids = {self.pad_id, self.bos_id, self.eos_id, self.image_token_id, self.mask_id}
         return frozenset(i for i in ids if i is not None)
 
     @cached_property
@@ -242,14 +243,19 @@ class HfTokenizer(TextTokenizer):
                 "tokenizer.json"
             )
         self._hf = tokenizer
-        if tokenizer.eos_token_id is None:
+        eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+        if eos is None:  # BERT starts a text with [CLS] and ends it with [SEP]
+            eos, bos = tokenizer.sep_token_id, tokenizer.cls_token_id
+        if eos is None:
             raise ConfigError(
                 f"the tokenizer {config.path!r} has no end-of-sequence token; set eos_token in its config"
             )
-        self.eos_id = int(tokenizer.eos_token_id)
+        self.eos_id = int(eos)
         # GPT-style tokenizers have no BOS and no PAD: the end of the previous text is what a text starts after
-        self.bos_id = int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else self.eos_id)
+        self.bos_id = int(bos if bos is not None else self.eos_id)
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id)
+        if tokenizer.mask_token_id is not None:
+            self.mask_id = int(tokenizer.mask_token_id)
         known = tokenizer.get_added_vocab()
         self.image_token_id = known.get(config.image_token)
         if self.image_token_id is None and config.add_image_token:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from zoo.objectives.momentum import Momentum
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
@@ -22,15 +25,27 @@ class Objective(nn.Module):
 
     Attributes:
         needs: Outputs of the wiring it reads; checked against ``Model.provides`` when the module is built.
+        momentum_rate: Decay of the momentum copy it learns from; None = it needs none.
+        momentum: The run's copy, see ``zoo.objectives.momentum``; None where no objective needs one. It belongs to the
+            module that trains, and is no submodule here.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    momentum_rate: float | None = None
+    momentum: Momentum | None = None
+
+    def prepare(self, model: Any, momentum: Momentum | None) -> None:
+        """Called once, when model and objectives are joined, before training: make buffers of the model's sizes."""
+        self.__dict__["momentum"] = momentum
 
     def forward(
         self, model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss (mean over the local batch's items or targets) and scalars to log, detached."""
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def after_forward(self) -> None:
+        """Called at the end of every forward pass in training, e.g. to enqueue its features."""
 
     def after_step(self, model: Any) -> None:
         """Called after every optimizer step, e.g. to clamp a temperature."""

@@ -186,7 +186,7 @@ def check_objective(name: str, *, model: str | None = None, scale: str = "tiny")
 
     what = f"objective {name!r}"
     check_config("objective", name)
-    objective = scaled("objective", name, scale).build()
+    objective: Any = scaled("objective", name, scale).build()
     expect(isinstance(objective.needs, frozenset), f"{what}: needs must be a frozenset of output names")
     for candidate in [model] if model else catalogue()["model"].names():
         with contextlib.suppress(ConfigError):
@@ -196,16 +196,18 @@ def check_objective(name: str, *, model: str | None = None, scale: str = "tiny")
             break
     else:
         raise AssertionError(f"{what}: no recipe's model provides {', '.join(sorted(objective.needs))}")
-    torch.manual_seed(0)
+    objective = module.objectives[name]  # joined with its model, as in training
     batch = shake(module.model).example_batch(3)  # type: ignore[operator]
     outputs = module.model(batch)
     needed = {key: outputs[key] for key in objective.needs}
     loss, report = objective(module.model, batch, needed)
     expect(loss.ndim == 0 and bool(torch.isfinite(loss)), f"{what}: its loss is no finite scalar")
+    torch.manual_seed(0)
     expect(loss.requires_grad, f"{what}: its loss has no gradient")
     expect(all(not value.requires_grad for value in report.values()), f"{what}: its report is not detached")
     again, _ = objective(module.model, batch, needed)
     expect(torch.equal(loss, again) or not objective.training, f"{what}: the same outputs give another loss")
+    torch.manual_seed(0)  # what it draws comes from the global stream
     loss.backward()
     learns = [p.grad for p in module.model.parameters() if p.grad is not None]
     expect(bool(learns) and any(bool(g.abs().max() > 0) for g in learns), f"{what}: its gradient reaches no weight")
