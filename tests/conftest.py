@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from zoo.torchvision_ops import ensure
+
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_configure() -> None:
+    """Let every process import lightning: xdist's own rebuilds the warnings of its workers from their classes."""
+    ensure()
 
 
 @dataclass(frozen=True)
