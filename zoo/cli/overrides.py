@@ -47,7 +47,8 @@ def store_parts() -> None:
         for name in catalogue()[slot].names():
             store.store(group=slot, name=name, node={"name": name})
     for name in catalogue()["objective"].names():
-        store.store(group="objective", name=name, package=f"objective.{name}", node={})
+        # the name marks it as chosen: of a list of choices Hydra keeps no record
+        store.store(group="objective", name=name, package=f"objective.{name}", node={"name": name})
     files = {f.stem for folder in catalogue().conf_dirs for f in (folder / "data").glob("*.yaml")}
     for name in set(catalogue()["data"].names()) - files:
         store.store(group="data", name=name, node={"name": name})
@@ -168,6 +169,8 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], Mapping[str, Any
                 choices = dict(config.hydra.runtime.choices)
                 plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
                 plain.pop("hydra")
+                marked = [name for name, fields in (plain.get("objective") or {}).items() if fields.pop("name", None)]
+                choices.setdefault("objective", marked or None)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     return plain, choices
