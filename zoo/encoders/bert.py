@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
+import torch
 from torch import Tensor
 
 from zoo.encoders.base import Encoder, TextEncoderConfig
@@ -128,6 +129,13 @@ class Bert(Encoder):
     def split(self) -> bool:
         """Whether fusion can go on from the states of text alone, because no layer belongs to both (ALBEF)."""
         return self.config.text_depth <= self.config.depth - self.config.cross_depth
+
+    def reading(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] as a text that reads an image begins: BLIP puts [ENC], its last id, in the first place;
+        without added ids they stay as they are."""
+        if self.config.added < 2:
+            return ids
+        return torch.cat([torch.full_like(ids[:, :1], self.config.vocab_size - 1), ids[:, 1:]], 1)
 
     def forward(
         self,

@@ -169,8 +169,9 @@ class Fusion(EmbedsPairs, Model):
             text_tokens: [B, T, D], what ``encode`` made of the same text; a stack that can goes on from there.
         """
         states = text_tokens if self.text_encoder.split else None
+        ids = self.text_encoder.reading(input_ids)
         fused: Features = self.text_encoder(
-            input_ids, attention_mask, context=image.tokens, context_mask=image.mask, states=states
+            ids, attention_mask, context=image.tokens, context_mask=image.mask, states=states
         )
         return fused
 

@@ -260,7 +260,8 @@ class WritesGrounded(WritesText):
 
     def _answered(self, begun: Sequence[Sequence[int]], texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and targets [N, T] of prompts followed by texts and the end; prompts are no targets."""
-        said = self.tokenizer.encode(list(texts))
+        # after a prompt a text starts with a blank, as in training (zoo.data.captions)
+        said = self.tokenizer.encode([" " + t if len(b) > 1 else t for b, t in zip(begun, texts, strict=True)])
         rows = [[*b, *t, self.tokenizer.eos_id] for b, t in zip(begun, said, strict=True)]
         longest = max(map(len, rows))
         limit = getattr(self.decoder, "context_length", longest)
