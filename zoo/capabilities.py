@@ -88,6 +88,30 @@ class Match(Protocol):
         ...
 
 
+@runtime_checkable
+class EncodeImages(Protocol):
+    """Turns images into discrete codes."""
+
+    codebook_size: int
+
+    def image_codes(self, images: Sequence[ImageLike]) -> Tensor:
+        """Return [N, h*w] int64, the code of every patch in row order, each below ``codebook_size``."""
+        ...
+
+
+@runtime_checkable
+class ReconstructImages(Protocol):
+    """Draws images from their own codes."""
+
+    def reconstruct_images(self, images: Sequence[ImageLike]) -> Tensor:
+        """Return [N, 3, H, W] float32 in [0, 1]."""
+        ...
+
+    def prepared_images(self, images: Sequence[ImageLike]) -> Tensor:
+        """Return [N, 3, H, W] float32 in [0, 1]: the images as the model is shown them, to compare with."""
+        ...
+
+
 CAPABILITIES: dict[str, type] = {
     "embed_images": EmbedImages,
     "embed_texts": EmbedTexts,
@@ -95,6 +119,8 @@ CAPABILITIES: dict[str, type] = {
     "score_candidates": ScoreTexts,
     "generate_text": GenerateText,
     "match": Match,
+    "image_codes": EncodeImages,
+    "reconstruct_images": ReconstructImages,
 }
 """Capability name (its method's name) -> Protocol."""
 

@@ -56,6 +56,12 @@ def schedule(step: int, steps: int, config: OptimizerConfig) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _inside(name: str, path: str) -> bool:
+    """Whether ``name`` is at or below ``path``, in which ``*`` stands for any one component."""
+    steps, places = name.split("."), path.split(".")
+    return len(steps) >= len(places) and all(p in ("*", s) for s, p in zip(steps, places, strict=False))
+
+
 class ZooModule(LightningModule):
     """What ``zoo.build`` returns: trains in ``Trainer.fit``, offers its model's capabilities, and shows its wiring.
 
@@ -89,14 +95,14 @@ class ZooModule(LightningModule):
         stage = self.recipe.stages[index]
         known = {name for name, _ in self.model.named_modules() if name} | {n for n, _ in self.model.named_parameters()}
         for path in (*stage.train, *stage.freeze):
-            if path != "*" and path not in known:
+            if path != "*" and not any(_inside(name, path) for name in known):
                 top = {name for name in known if "." not in name}
                 raise ConfigError(
                     f"stage {stage.name!r} names {path!r}, which {self.recipe.name} does not have{near(path, top)}"
                 )
 
         def matches(name: str, paths: list[str]) -> bool:
-            return any(path == "*" or name == path or name.startswith(path + ".") for path in paths)
+            return any(path == "*" or _inside(name, path) for path in paths)
 
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(matches(name, stage.train) and not matches(name, stage.freeze))
@@ -209,6 +215,6 @@ FORWARDED = frozenset(
         "embed_images", "embed_texts", "embed", "match", "generate_text", "score_text", "score_candidates",
         "generate_images",
         "inpaint", "segment", "generate_interleaved", "image_features", "text_features", "text_logits", "token_logits",
-        "processor", "layouts",
+        "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",
     }
 )  # fmt: skip

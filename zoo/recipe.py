@@ -100,7 +100,8 @@ class Stage(PartConfig):
     """One stretch of training.
 
     Attributes:
-        train: Paths of what learns: slots (``connector``), or modules inside (``decoder.lm_head``); ``"*"`` is all.
+        train: Paths of what learns: slots (``connector``), or modules inside (``decoder.lm_head``,
+            ``trunk.trunk.layers.*.ffn.0`` in every layer); ``"*"`` is all.
         freeze: Paths inside ``train`` that stay fixed all the same.
         objectives: Names of the recipe's objectives this stage uses; empty = all.
         share: Part of the run's budget, relative to the other stages.
@@ -150,9 +151,8 @@ class Recipe:
     @property
     def image_size(self) -> int | None:
         """Side in pixels of the images the model reads; None where its parts do not say."""
-        sizes = (
-            getattr(self.parts[slot][1], "image_size", None) for slot in ("encoder", "trunk") if slot in self.parts
-        )
+        slots = ("encoder", "trunk", "image_tokenizer")
+        sizes = (getattr(self.parts[slot][1], "image_size", None) for slot in slots if slot in self.parts)
         return next((size for size in sizes if size is not None), None)
 
     def stage_optimizer(self, index: int) -> OptimizerConfig:
@@ -254,6 +254,7 @@ class _Plain:
     connector: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
     trunk: dict[str, Any] | None = None
+    image_tokenizer: dict[str, Any] | None = None
     objective: dict[str, dict[str, Any]]
     stages: list[dict[str, Any]]
     optimizer: dict[str, Any]
@@ -354,7 +355,8 @@ def resolve(
     if not choices and not values:
         return recipe
     published = _resolve(model, file, {}, {}, recipe.scale)
-    chosen = _resolve(model, file, dict(choices), {}, recipe.scale) if choices else published
+    own_stages = {key: value for key, value in (values or {}).items() if key == "stages"}  # they name objectives
+    chosen = _resolve(model, file, dict(choices), own_stages, recipe.scale) if choices else published
     return dataclasses.replace(
         recipe,
         changed=_difference(recipe.to_plain(), chosen.to_plain(), published.to_plain()),

@@ -71,6 +71,22 @@ METRICS: dict[str, dict[str, MetricInfo]] = {
             "independent of the tokenizer",
         ),
     },
+    "reconstruction": {
+        "psnr": MetricInfo(
+            label="PSNR",
+            numerator="psnr",
+            primary=True,
+            help="of images drawn from their codes, in dB",
+        ),
+        "codes_used": MetricInfo(
+            label="codes used", detail=True, help="different codes among all patches of the split"
+        ),
+        "perplexity": MetricInfo(
+            label="code perplexity",
+            detail=True,
+            help="codes as if all were equally frequent",
+        ),
+    },
     "naming": {
         "top1": MetricInfo(
             label="name top-1",

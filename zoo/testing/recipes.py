@@ -123,6 +123,8 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
         "score_candidates": lambda rows: module.score_candidates(images[rows], [TEXTS] * len(images[rows])),
         "generate_text": lambda rows: module.generate_text(images[rows], max_new_tokens=4),
         "match": lambda rows: module.match(images[rows], TEXTS[rows]),
+        "image_codes": lambda rows: module.image_codes(images[rows]),
+        "reconstruct_images": lambda rows: module.reconstruct_images(images[rows]),
     }
     module.train()
     for name in offered:
@@ -200,14 +202,14 @@ def check_objective(name: str, *, model: str | None = None, scale: str = "tiny")
     batch = shake(module.model).example_batch(3)  # type: ignore[operator]
     outputs = module.model(batch)
     needed = {key: outputs[key] for key in objective.needs}
+    torch.manual_seed(0)
     loss, report = objective(module.model, batch, needed)
     expect(loss.ndim == 0 and bool(torch.isfinite(loss)), f"{what}: its loss is no finite scalar")
-    torch.manual_seed(0)
     expect(loss.requires_grad, f"{what}: its loss has no gradient")
     expect(all(not value.requires_grad for value in report.values()), f"{what}: its report is not detached")
+    torch.manual_seed(0)  # what it draws comes from the global stream
     again, _ = objective(module.model, batch, needed)
     expect(torch.equal(loss, again) or not objective.training, f"{what}: the same outputs give another loss")
-    torch.manual_seed(0)  # what it draws comes from the global stream
     loss.backward()
     learns = [p.grad for p in module.model.parameters() if p.grad is not None]
     expect(bool(learns) and any(bool(g.abs().max() > 0) for g in learns), f"{what}: its gradient reaches no weight")

@@ -1,0 +1,1 @@
+"""Parts: image tokenizers, which turn images into discrete codes and back, Config beside class."""
