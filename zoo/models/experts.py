@@ -27,6 +27,7 @@ from zoo.trunks.multiway import Kind, Multiway, MultiwayConfig
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
+    from zoo.data.fused import FusionProcessor
 
 TYPICAL_TEXT = 16
 """Tokens of a caption with its start and end, as layouts and FLOP counts assume."""
@@ -94,8 +95,9 @@ class Experts(EmbedsPairs, Model):
     """A multiway ``trunk`` and heads.
 
     ``forward`` gives the two sides of the contrast (``image_embeds``, ``text_embeds``, ``logit_scale``), those behind
-    the pair experts (``pair_image_embeds``, ``pair_text_embeds``, ``pair_logit_scale``) and ``image_tokens`` [B, N, D],
-    the embedded image that ``fuse`` starts from. Each is computed when an objective reads it.
+    the pair experts (``pair_image_embeds``, ``pair_text_embeds``, ``pair_logit_scale``), and ``image_tokens`` [B, N, D]
+    and ``text_tokens`` [B, T, D], the embedded inputs that ``fuse`` starts from; ``text_states`` [B, T, D] is the text
+    read alone. Each is computed when an objective reads it.
     """
 
     def __init__(self, config: ExpertsConfig, trunk_config: MultiwayConfig, seed: int) -> None:
@@ -126,7 +128,9 @@ class Experts(EmbedsPairs, Model):
     def provides(self) -> frozenset[str]:  # type: ignore[override]
         """Names of ``forward``'s outputs; which there are depends on the heads."""
         pair = {"pair_image_embeds", "pair_text_embeds", "pair_logit_scale"} if self.config.pair_contrast else set()
-        return frozenset({"image_embeds", "text_embeds", "logit_scale", "image_tokens", *pair})
+        return frozenset(
+            {"image_embeds", "text_embeds", "logit_scale", "image_tokens", "text_tokens", "text_states", *pair}
+        )
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 
@@ -135,13 +139,10 @@ class Experts(EmbedsPairs, Model):
         pixels, ids, mask = batch["pixel_values"], batch["input_ids"], batch.get("attention_mask")
         lower: dict[str, Tensor] = {}
 
-        def embedded(out: LazyOutputs, kind: Kind) -> Tensor:
-            return out["image_tokens"] if kind == "image" else self.trunk.embed_text(ids)
-
         def below(out: LazyOutputs, kind: Kind) -> Tensor:
             """Rows after the layers without pair experts, which both contrasts share."""
             if kind not in lower:
-                lower[kind] = self._below(embedded(out, kind), kind, mask)
+                lower[kind] = self._below(out[f"{kind}_tokens"], kind, mask)
             return lower[kind]
 
         def side(kind: Kind, pair: bool) -> Callable[[LazyOutputs], Tensor]:
@@ -149,9 +150,11 @@ class Experts(EmbedsPairs, Model):
 
         makers: dict[str, Callable[[LazyOutputs], Tensor]] = {
             "image_tokens": lambda out: self.trunk.embed_image(pixels),
+            "text_tokens": lambda out: self.trunk.embed_text(ids),
             "image_embeds": side("image", False),
             "text_embeds": side("text", False),
             "logit_scale": lambda out: self.logit_scale,
+            "text_states": lambda out: self.read_text(ids, mask).tokens,
         }
         if self.pair_logit_scale is not None:
             scale = self.pair_logit_scale
@@ -200,28 +203,36 @@ class Experts(EmbedsPairs, Model):
         return Features(rows, None, rows[:, 0], self.trunk.grid)
 
     def read_pair(
-        self, image: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+        self, image: Tensor, text: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Features, Features]:
-        """Read an embedded image [B, N, D] (``image_tokens``) and a text in one sequence.
+        """Read an embedded image [B, N, D] and an embedded text [B, T, D] in one sequence.
 
         Returns:
             The image's and the text's rows after the final norm; ``pooled`` is the first row of the sequence in both.
         """
-        out = self.trunk(image, self.trunk.embed_text(input_ids), attention_mask, **options)
+        out = self.trunk(image, text, attention_mask, **options)
         seen, read = cast(Tensor, out.image), cast(Tensor, out.text)
         first = read[:, 0] if self.trunk_config.text_first else seen[:, 0]
         real = None if attention_mask is None else attention_mask.bool()
         return Features(seen, None, first, self.trunk.grid), Features(read, real, first)
 
     def fuse(
-        self, image: Features, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+        self,
+        image: Features,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        text_tokens: Tensor | None = None,
+        **options: Any,
     ) -> Features:
         """The text's rows [B, T, D] of the joint sequence, ``pooled`` its first row.
 
         Args:
             image: ``tokens`` = ``image_tokens`` of ``forward``.
+            text_tokens: [B, T, D] of ``forward`` for the same ids, which are embedded again without it.
         """
-        return self.read_pair(image.tokens, input_ids, attention_mask, **options)[1]
+        text = self.trunk.embed_text(input_ids) if text_tokens is None else text_tokens
+        return self.read_pair(image.tokens, text, attention_mask, **options)[1]
 
     def matching_logits(self, fused: Features) -> Tensor:
         """Logits [B, 2] of (no match, match) from what ``fuse`` gave: tanh-pooled, then linear."""
@@ -268,6 +279,22 @@ class Experts(EmbedsPairs, Model):
         """The trunk with its embeddings, and the heads."""
         return dict(self.named_children())
 
+    @property
+    def processor(self) -> FusionProcessor:
+        """Turns samples into ``pixel_values``, ``input_ids`` and ``attention_mask``, as long as the longest text of a
+        batch; made on first use.
+
+        Raises:
+            ConfigError: The tokenizer has more ids than the trunk has rows.
+        """
+        from zoo.data.fused import FusionProcessor
+
+        if not isinstance(self._processor, FusionProcessor):
+            plain = super().processor
+            length = self.trunk_config.context_length
+            self._processor = FusionProcessor(plain.transform, plain.tokenizer, length, seed=self.seed)
+        return self._processor
+
     def layouts(self) -> dict[str, Layout]:
         """An image alone, a caption of typical length alone, and the pair."""
         text = min(TYPICAL_TEXT, self.trunk_config.context_length)
@@ -281,7 +308,7 @@ class Experts(EmbedsPairs, Model):
     def example_batch(self, batch_size: int = 1) -> dict[str, Tensor]:
         """``pixel_values``, ``input_ids`` and ``attention_mask`` for ``batch_size`` pairs of typical length."""
         size, length = self.trunk_config.image_size, min(TYPICAL_TEXT, self.trunk_config.context_length)
-        ids = torch.ones(batch_size, length, dtype=torch.long, device=self.device)
+        ids = torch.full((batch_size, length), 5, dtype=torch.long, device=self.device)  # no special id
         dtype = next(self.parameters()).dtype
         return {
             "pixel_values": torch.zeros(batch_size, 3, size, size, dtype=dtype, device=self.device),

@@ -135,6 +135,26 @@ class EmbedsPairs(nn.Module):
         self._processor = None
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the token table, out of which a masked word may be replaced."""
+        return self.text_config.vocab_size
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of ``cls``, ``pad`` and ``mask``; a tokenizer without [MASK] lends its image token, which no text has.
+
+        Raises:
+            ConfigError: A tokenizer with neither.
+        """
+        tokenizer = self.tokenizer
+        mask = tokenizer.mask_id if tokenizer.mask_id is not None else tokenizer.image_token_id
+        if mask is None:
+            raise ConfigError(
+                f"tokenizer {self.text_config.tokenizer!r} has no [MASK] and no image token: choose one that has"
+            )
+        return {"cls": tokenizer.bos_id, "pad": tokenizer.pad_id, "eos": tokenizer.eos_id, "mask": int(mask)}
+
+    @property
     def processor(self) -> PairProcessor:
         """Turns samples into ``pixel_values``, ``input_ids`` and ``attention_mask``; made on first use.
 

@@ -81,8 +81,7 @@ class MaskedLM(Objective):
         """
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         masked, labels = self._draw(model, batch)
-        image = outputs["image_tokens"]
-        hidden = model.fuse(Features(image), masked, mask).tokens  # [B, L, D]
+        hidden = self._read(model, outputs, masked, mask)  # [B, L, D]
         if ids.is_meta:  # counting FLOPs, where values cannot be seen: as many words as are masked on average
             typical = max(1, round(ids.numel() * self.config.probability))
             place = torch.arange(typical, device=ids.device)
@@ -106,6 +105,11 @@ class MaskedLM(Objective):
             soft = teacher.word_logits(states.flatten(0, 1)[place]).float().softmax(-1)
         distilled = -(soft * log).sum() / count
         return (1 - alpha) * hard + alpha * distilled, {**report, "alpha": alpha}
+
+    def _read(self, model: Any, outputs: Mapping[str, Tensor], masked: Tensor, mask: Tensor | None) -> Tensor:
+        """States [B, L, D] of the masked text, the image in sight."""
+        states: Tensor = model.fuse(Features(outputs["image_tokens"]), masked, mask).tokens
+        return states
 
     def _draw(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
