@@ -37,7 +37,7 @@ class RecipeFile:
     body: dict[str, Any]
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, read as Hydra reads it: ``1e-3`` is a number and a date is text, which plain YAML 1.1 denies.
 
     Raises:
@@ -80,7 +80,7 @@ def read_recipe(model: str) -> RecipeFile:
     """
     catalogue()["model"].get(model)
     path = catalogue().recipes[model]
-    content = _yaml(path)
+    content = read_yaml(path)
     refuse_code(content, path.name)
     if not content:
         raise ConfigError(f"recipe {path.name} is empty, expected defaults and fields")
@@ -133,7 +133,7 @@ def read_scale(name: str) -> Scale:
     known = scales()
     if name not in known:
         raise ConfigError(f"unknown scale {name!r}{near(name, known)}")
-    scale: Scale = parse(Scale, {"name": name, **_yaml(known[name])}, f"scale {name}")
+    scale: Scale = parse(Scale, {"name": name, **read_yaml(known[name])}, f"scale {name}")
     for key in scale.sizes:
         if key not in SIZE_FIELDS:
             raise ConfigError(f"scale {name!r} sets {key!r}, which is no standard size field{near(key, SIZE_FIELDS)}")

@@ -9,6 +9,7 @@ from typing import Any
 from zoo.errors import ConfigError, MissingExtra, near
 from zoo.plugin import catalogue
 from zoo.recipe import SECTIONS, SLOTS, Recipe, read_recipe, read_scale, resolve, scales
+from zoo.recipe_files import read_yaml
 from zoo.registry import parse, refuse_code
 from zoo.run_config import BudgetConfig, EvaluationConfig, RunConfig, TrainerConfig
 
@@ -88,6 +89,27 @@ def prepare(overrides: Sequence[str]) -> list[str]:
                         raise ConfigError(f"unknown {what} {str(name)!r}{near(str(name), options(head))}")
         prepared.append(text if is_choice or text[:1] in "+~" else f"++{text}")
     return prepared
+
+
+def with_sweep(overrides: Sequence[str]) -> list[str]:
+    """Add the axes an experiment states under ``sweep:`` (key -> list of values), unless the user wrote the key.
+
+    Raises:
+        ConfigError: An unknown experiment, or a ``sweep`` that is no mapping of keys to lists.
+    """
+    written = {override.key_or_group: override for override in parsed(overrides)}
+    if "experiment" not in written or written["experiment"].is_sweep_override():
+        return list(overrides)
+    name = str(written["experiment"].value())
+    files = [folder / "experiment" / f"{name}.yaml" for folder in catalogue().conf_dirs]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ConfigError(f"unknown experiment {name!r}{near(name, options('experiment'))}")
+    axes = read_yaml(found).get("sweep") or {}
+    if not isinstance(axes, dict) or not all(isinstance(values, list) and values for values in axes.values()):
+        raise ConfigError(f"{found.name}: sweep must map keys to lists of values")
+    added = [f"{key}={','.join(map(str, values))}" for key, values in axes.items() if key not in written]
+    return [*overrides, *added]
 
 
 def check_installed(group: str, option: str) -> None:

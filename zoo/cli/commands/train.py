@@ -19,6 +19,7 @@ USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
   model=llava connector=mlp scale=tiny        choose parts by name (zoo list connector)
   encoder.width=96 optimizer.lr=3e-4          set fields (zoo show NAME lists them)
   connector=linear,mlp,qformer seed=0,1 -m    sweep: every combination is a run
+  experiment=NAME                             settings, and perhaps a sweep, from conf/experiment/NAME.yaml
   stages=joint                                train every part at once, from scratch
   budget.value=500 batch_size=64              how long (budget.unit=steps or samples), samples a step
   trainer.devices=2 trainer.precision=bf16    how to run
@@ -60,14 +61,15 @@ def train(argv: Sequence[str]) -> list[Outcome]:
     Raises:
         ZooError: Any job of the command is wrong; found before the first one starts.
     """
-    from zoo.cli.overrides import composed, expand, is_sweep, prepare, to_run, written_keys
+    from zoo.cli.overrides import composed, expand, is_sweep, prepare, to_run, with_sweep, written_keys
 
     flags = {"-m", "--multirun", "--dry-run"}
     unknown = [a for a in argv if a.startswith("-") and a not in flags]
     if unknown:
         raise ConfigError(f"unknown option {unknown[0]!r}: zoo train takes KEY=VALUE, -m and --dry-run")
-    overrides = [a for a in argv if a not in flags]
-    multirun = "-m" in argv or "--multirun" in argv
+    typed = [a for a in argv if a not in flags]
+    overrides = with_sweep(typed)
+    multirun = "-m" in argv or "--multirun" in argv or overrides != typed
     prepared = prepare(overrides)
     if is_sweep(overrides) and not multirun:
         raise ConfigError("several values for one key are a sweep: add -m")
