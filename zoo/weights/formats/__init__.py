@@ -22,6 +22,7 @@ TRANSFORMERS: dict[str, str] = {
     "llava": "zoo.weights.formats.llava:from_transformers",
     "llava_llama": "zoo.weights.formats.llava:from_transformers",
     "blip-2": "zoo.weights.formats.blip2:from_transformers",
+    "blip": "zoo.weights.formats.blip:from_transformers",
 }
 """``model_type`` -> "module:function"."""
 
@@ -34,7 +35,15 @@ FILES: dict[str, str] = dict.fromkeys(
 )
 FILES |= dict.fromkeys(("llava", "llava-1.5", "llava-1.5-13b"), "zoo.weights.formats.llava:from_state")
 FILES |= dict.fromkeys(("blip2-opt", "blip2-opt-6.7b"), "zoo.weights.formats.blip2:from_state")
+FILES |= dict.fromkeys(("coca", "coca-vit-l-14"), "zoo.weights.formats.coca:from_state")
 FILES |= dict.fromkeys(("vlmo", "vlmo-base-plus", "vlmo-large"), "zoo.weights.formats.vlmo:from_state")
+FILES |= dict.fromkeys(
+    (
+        *("blip", "blip-large", "blip-retrieval", "blip-retrieval-large"),
+        *("blip-caption", "blip-caption-large", "blip-vqa"),
+    ),
+    "zoo.weights.formats.blip:from_state",
+)
 """Recipe name -> "module:function"."""
 
 

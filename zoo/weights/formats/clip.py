@@ -107,6 +107,10 @@ def from_open_clip(folder: Path) -> Official:
     """
     about = read_json(folder / "open_clip_config.json")
     config, preprocess = about.get("model_cfg") or {}, about.get("preprocess_cfg") or {}
+    if "multimodal_cfg" in config:  # CoCa, which open_clip keeps in the same kind of folder
+        from zoo.weights.formats import coca
+
+        return coca.from_open_clip(about, folder)
     vision, text = dict(config.get("vision_cfg") or {}), dict(config.get("text_cfg") or {})
     quick_gelu, shared = bool(config.get("quick_gelu", False)), int(config["embed_dim"])
     for key in (*(f"vision_cfg.{k}" for k in set(vision) - VISION), *(f"text_cfg.{k}" for k in set(text) - TEXT)):

@@ -1,11 +1,10 @@
-"""CoCa of open_clip: a text tower whose CLS stands last, a decoder that alternates reading text and reading the image.
-The image tower with its attentional pooler stays open_clip's."""
+"""CoCa of open_clip: CLIP's image tower with an attentional pooler, a text tower whose CLS stands last, a decoder that
+alternates reading text and reading the image."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.nn.config import Act, TrunkConfig
 from zoo.weights.keymaps import KeyMap, rename, split
 
 
@@ -33,63 +32,69 @@ SELF, CROSS = _block("attn", "attn_norm"), _block("cross", "cross_norm")
 
 
 def text_keymap() -> KeyMap:
-    """Return the map of ``TextTransformer`` with ``embed_cls`` to ``text_embed`` (its last position is that of CLS),
-    ``text_cls``, ``text`` (whose final norm is for CLS only) and ``text_projection``."""
-    return SELF.under("transformer.resblocks.{i}.", "text.layers.{i}.") + KeyMap(
-        rename("token_embedding.weight", "text_embed.tokens.weight"),
-        rename("positional_embedding", "text_embed.positions.weight"),
-        rename("cls_emb", "text_cls"),
-        rename("ln_final.{p}", "text.final_norm.{p}"),
-        rename("text_projection", "text_projection.weight", _transposed, _transposed),
+    """Return the map of ``TextTransformer`` with ``embed_cls`` to a ``CausalText``, without its projection."""
+    return SELF.under("transformer.resblocks.{i}.", "trunk.layers.{i}.") + KeyMap(
+        rename("token_embedding.weight", "embed_tokens.tokens.weight"),
+        rename("positional_embedding", "embed_tokens.positions.weight"),
+        rename("cls_emb", "cls"),
+        rename("ln_final.{p}", "trunk.final_norm.{p}"),
     )
 
 
 def decoder_keymap(depth: int) -> KeyMap:
-    """Return the map of ``MultimodalTransformer`` to ``decoder`` and ``head``.
+    """Return the map of ``MultimodalTransformer`` to a ``MultimodalDecoder``.
 
     Args:
-        depth: open_clip's number of layers; ours are twice as many, reading text in even and the image in odd ones.
+        depth: open_clip's number of layers; the trunk has twice as many, reading text in even and the image in odd
+            ones.
     """
     out = KeyMap(
-        rename("ln_final.{p}", "decoder.final_norm.{p}"),
-        rename("text_projection", "head.weight", _transposed, _transposed),
+        rename("ln_final.{p}", "trunk.final_norm.{p}"),
+        rename("text_projection", "lm_head.weight", _transposed, _transposed),
     )
     for i in range(depth):
-        out += SELF.under(f"resblocks.{i}.", f"decoder.layers.{2 * i}.")
-        out += CROSS.under(f"cross_attn.{i}.", f"decoder.layers.{2 * i + 1}.")
+        out += SELF.under(f"resblocks.{i}.", f"trunk.layers.{2 * i}.")
+        out += CROSS.under(f"cross_attn.{i}.", f"trunk.layers.{2 * i + 1}.")
     return out
 
 
-def keymap(depth: int) -> KeyMap:
-    """Return the map of a whole open_clip ``CoCa``; the image tower goes to ``encoder.tower`` as it is.
+def pooler_keymap(fused: bool) -> KeyMap:
+    """Return the map of ``AttentionalPooler`` and the ``ln_post`` behind it to a ``Pooler``.
 
     Args:
-        depth: layers of the multimodal decoder.
+        fused: Tower and queries are equally wide, for which ``nn.MultiheadAttention`` keeps one matrix.
     """
-    return (
-        text_keymap().under("text.")
-        + decoder_keymap(depth).under("text_decoder.")
-        + KeyMap(rename("visual.{**}", "encoder.tower.{**}"), rename("logit_scale", "logit_scale"))
+    matrices = (
+        [split("attn_pool.attn.in_proj_weight", [f"{letter}.weight" for letter in "qkv"])]
+        if fused
+        else [rename(f"attn_pool.attn.{letter}_proj_weight", f"{letter}.weight") for letter in "qkv"]
+    )
+    return KeyMap(
+        rename("attn_pool.query", "query_tokens"),
+        rename("attn_pool.ln_q.{p}", "query_norm.{p}"),
+        rename("attn_pool.ln_k.{p}", "context_norm.{p}"),
+        *matrices,
+        split("attn_pool.attn.in_proj_bias", [f"{letter}.bias" for letter in "qkv"]),
+        rename("attn_pool.attn.out_proj.{p}", "out.{p}"),
+        rename("ln_post.{p}", "norm.{p}"),
     )
 
 
-def text_config(*, width: int, depth: int, heads: int, ffn: int | None = None, act: Act = "gelu") -> TrunkConfig:
-    """Return the text tower."""
-    return TrunkConfig(width=width, depth=depth, heads=heads, ffn=4 * width if ffn is None else ffn, eps=1e-5, act=act)
+def keymap(depth: int, fused: bool = False) -> KeyMap:
+    """Return the map of a whole open_clip ``CoCa`` to a ``Captioner``.
 
-
-def decoder_config(
-    *, width: int, depth: int, heads: int, ffn: int | None = None, context_width: int | None = None, act: Act = "gelu"
-) -> TrunkConfig:
-    """Return the decoder: ``depth`` times a causal layer and a layer that reads the image through a norm of its own."""
-    return TrunkConfig(
-        width=width,
-        depth=2 * depth,
-        heads=heads,
-        ffn=4 * width if ffn is None else ffn,
-        eps=1e-5,
-        act=act,
-        blocks=("sf", "cf") * depth,
-        context_width=context_width,
-        context_norm=True,
+    Args:
+        depth: Layers of the multimodal decoder.
+        fused: As ``pooler_keymap``.
+    """
+    return (
+        pooler_keymap(fused).under("visual.", "connector.captions.")
+        + KeyMap(
+            rename("visual.proj", "image_projection.weight", _transposed, _transposed),
+            rename("text.text_projection", "text_projection.weight", _transposed, _transposed),
+            rename("visual.{**}", "encoder.tower.{**}"),
+            rename("logit_scale", "logit_scale"),
+        )
+        + text_keymap().under("text.", "text_encoder.")
+        + decoder_keymap(depth).under("text_decoder.", "decoder.")
     )
