@@ -271,6 +271,12 @@ EXPERTS = (
         summary="the contrastive objective behind the pair experts, with its own temperature (VLMo)",
     ),
     Component(
+        kind="objective",
+        name="masked-text",
+        ref="zoo.objectives.masked_text:MaskedTextConfig",
+        summary="masked words of a text alone (VLMo's second stage)",
+    ),
+    Component(
         kind="wiring",
         name="experts",
         ref="zoo.models.experts:ExpertsConfig",

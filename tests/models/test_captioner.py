@@ -231,7 +231,7 @@ def test_the_output_matrix_and_every_other_weight_start_finite() -> None:
 
 
 def test_published_sizes_have_the_published_numbers_of_parameters() -> None:
-    """Table 1 of the paper, and open_clip's own counts. The paper cuts 1.18B and 2.19B to 1.1B and 2.1B: the layers that
+    """Table 1 of the paper, and open_clip's own counts. The paper cuts 1.18B and 2.19B to 1.1B and 2.1B: layers that
     give 297M and 484M exactly cannot give less."""
     counts: dict[str, dict[str, float]] = {}
     with torch.device("meta"):

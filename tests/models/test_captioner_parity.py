@@ -1,4 +1,4 @@
-"""CoCa against open_clip's class through saved folders, with drawn weights: features, logits, both losses, gradients."""
+"""CoCa against open_clip's class through saved folders, with drawn weights: features, logits, losses, gradients."""
 
 from __future__ import annotations
 
