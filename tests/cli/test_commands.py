@@ -36,7 +36,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     status = main(list(argv))
     captured = capsys.readouterr()
     assert status == 2, captured
-    lines = [line for line in captured.err.splitlines() if line.strip()]
+    lines = [line for line in captured.err.splitlines() if line.strip() and "skipped sample" not in line]
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("error: ")
     assert "Traceback" not in captured.out
@@ -192,11 +192,9 @@ def test_a_bridge_trains_evaluates_generates_and_reports(capsys: pytest.CaptureF
         "evaluation.tasks={caption-likelihood: {items: 8}, naming: {items: 2, candidates: 3}}",
     ]  # fmt: skip
     assert main(["train", *argv]) == 0
-    runs = sorted(tmp_path.glob("*/*"))
-    assert [run.parent.name for run in runs] == [
-        "llava+connector=mlp+decoder.depth=1+encoder.depth=2+encoder.ffn=64+encoder.width=32+stages=joint",
-        "llava+decoder.depth=1+encoder.depth=2+encoder.ffn=64+encoder.width=32+stages=joint",
-    ] or all(run.parent.name.startswith("llava+") for run in runs)
+    runs = sorted(tmp_path.glob("llava*/*"))
+    assert len(runs) == 2
+    assert [("connector=mlp" in run.parent.name) for run in runs] == [True, False]
     metrics = json.loads((runs[0] / "metrics.json").read_text())
     assert metrics["caption-likelihood"]["bits_per_byte"] > 0
     capsys.readouterr()

@@ -103,7 +103,7 @@ def test_processor_makes_what_forward_takes(model: Towers) -> None:
 def test_layouts_say_what_is_attended(model: Towers) -> None:
     layouts = model.layouts()
     assert layouts["image"].kind == "full"
-    assert layouts["image"].length == 65
+    assert layouts["image"].length == 17  # 16 patches and the class token
     assert layouts["text"].kind == "causal"
 
 

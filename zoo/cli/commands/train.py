@@ -85,7 +85,7 @@ def train(argv: Sequence[str]) -> list[Outcome]:
         return []
     for folder, config in configs.items():
         prepare_folder(folder, config)
-    launch(prepared, multirun, written_keys(overrides))
+    launch([*prepared, f"hydra.sweep.dir='{plain['out']}/.hydra'"], multirun, written_keys(overrides))
     return [outcome_of(folder) for folder in configs]
 
 
