@@ -48,8 +48,13 @@ ENCODERS = (
     _encoder("vit-b-16", "vit:ViTConfig", "ViT-B/16 on the zoo's trunk"),
     _encoder("vit-b-16-256", "vit:ViTConfig", "ViT-B/16 on the zoo's trunk, 256 px, 257 tokens", image_size=256),
     _encoder("vit-b-16-384", "vit:ViTConfig", "ViT-B/16 on the zoo's trunk, 384 px, 577 tokens", image_size=384),
+    _encoder("vit-b-16-480", "vit:ViTConfig", "ViT-B/16 on the zoo's trunk, 480 px, 901 tokens", image_size=480),
     _encoder(
         "vit-l-16", "vit:ViTConfig", "ViT-L/16 on the zoo's trunk", width=1024, depth=24, heads=16, ffn=4096
+    ),
+    _encoder(
+        "vit-l-16-384", "vit:ViTConfig", "ViT-L/16 on the zoo's trunk, 384 px, 577 tokens",
+        image_size=384, width=1024, depth=24, heads=16, ffn=4096,
     ),
     _encoder(
         "eva-vit-g", "vit:ViTConfig", "EVA-CLIP ViT-g/14 as BLIP-2 reads it: 39 blocks, no final norm",
@@ -254,12 +259,27 @@ _VLMO_PLUS: dict[str, Any] = {
     "relative": False, "text_rows": 40, "layer_scale": None,
 }  # fmt: skip
 
+_BEIT3: dict[str, Any] = {  # as released: every unit twice, no pair experts (unilm, beit3; torchscale, BEiT3.py)
+    "routed": ["attn_norm", "qkv", "out", "ffn_norm", "ffn", "final_norm"], "pair_layers": 0, "text_first": False,
+    "relative": False, "text_rows": 1022, "first": 2, "text_norm": False, "kinds": False, "mask_token": True,
+    "bias": "qkv", "sub_norm": True, "eps": 1e-5, "layer_scale": None, "dropout": 0.0,
+    "tokenizer": "hf:beit3", "vocab_size": 64010, "context_length": 64,
+}  # fmt: skip
+_BEIT3_LARGE: dict[str, Any] = {**_BEIT3, "width": 1024, "depth": 24, "heads": 16, "ffn": 4096}
+_BEIT3_GIANT: dict[str, Any] = {  # as in the paper, table 2: attention shared, pair experts in the last 3 layers
+    **_BEIT3, "width": 1408, "depth": 40, "heads": 16, "ffn": 6144, "patch_size": 14,
+    "routed": ["ffn_norm", "ffn"], "pair_layers": 3,
+}  # fmt: skip
+
 TRUNKS = tuple(
     Component(kind="trunk", name=name, ref=_MULTIWAY, preset=preset, summary=summary)
     for name, preset, summary in (
         ("vlmo-base", {}, "VLMo base: 12 layers of width 768, pair experts in the last 2, relative positions"),
         ("vlmo-base-plus", _VLMO_PLUS, "VLMo base+: 24 layers of width 544, pair experts in the last 3"),
         ("vlmo-large", _VLMO_LARGE, "VLMo large: 24 layers of width 1024, pair experts in the last 3"),
+        ("beit3-base", _BEIT3, "BEiT-3 base as released: 12 layers of width 768, every unit of its own for each kind"),
+        ("beit3-large", _BEIT3_LARGE, "BEiT-3 large as released: 24 layers of width 1024"),
+        ("beit3-giant", _BEIT3_GIANT, "BEiT-3 of the paper: 40 layers of width 1408, shared attention, 1.9 B weights"),
     )
 )
 
@@ -293,9 +313,37 @@ IMAGE_TOKENIZERS = (
     ),
     Component(
         kind="image_tokenizer",
+        name="vq-14",
+        ref="zoo.tokenizers.vq:VQConfig",
+        preset={"patch_size": 14},
+        summary="vq for patches of 14 pixels, 16 x 16 codes an image",
+    ),
+    Component(
+        kind="image_tokenizer",
         name="stored-codes",
         ref="zoo.tokenizers.stored:StoredCodesConfig",
         summary="codes computed once, read from a file by the sample's id (path=FILE)",
+    ),
+)
+
+MASKED_EXPERTS = (
+    Component(
+        kind="wiring",
+        name="experts-masked",
+        ref="zoo.models.masked_experts:MaskedExpertsConfig",
+        summary="experts beside an image tokenizer: masked images, texts and pairs, captions by [MASK] (BEiT-3)",
+    ),
+    Component(
+        kind="objective",
+        name="masked-data",
+        ref="zoo.objectives.masked_data:MaskedDataConfig",
+        summary="masked words and image codes, alone and in pairs, one loss (BEiT-3)",
+    ),
+    Component(
+        kind="objective",
+        name="masked-captioning",
+        ref="zoo.objectives.masked_captioning:MaskedCaptioningConfig",
+        summary="masked words of a caption that reads the image and its own past (BEiT-3)",
     ),
 )
 
@@ -322,10 +370,43 @@ FUSION = (
         summary="BERT base whose last 6 of 12 layers also read the image (ALBEF)",
     ),
     Component(
+        kind="text_encoder",
+        name="blip-bert",
+        ref="zoo.encoders.bert:BertConfig",
+        preset={
+            "vocab_size": 30524, "added": 2, "types": 0, "text_share": 1.0, "cross_share": 1.0, "lm_head": False,
+        },
+        summary="BERT base whose every layer can also read the image (BLIP)",
+    ),
+    Component(
         kind="wiring",
         name="fusion",
         ref="zoo.models.fusion:FusionConfig",
         summary="two encoders that meet in a dot product; the text's then reads the image (ALBEF, BLIP)",
+    ),
+    Component(
+        kind="wiring",
+        name="med",
+        ref="zoo.models.med:MEDConfig",
+        summary="fusion and a decoder that is one with the text encoder but for self-attention (BLIP)",
+    ),
+    Component(
+        kind="wiring",
+        name="writer",
+        ref="zoo.models.writer:WriterConfig",
+        summary="image encoder and a decoder that cross-attends it (BLIP's captioner)",
+    ),
+    Component(
+        kind="wiring",
+        name="answerer",
+        ref="zoo.models.answerer:AnswererConfig",
+        summary="a question reads the image, a decoder reads the question's states (ALBEF's and BLIP's VQA)",
+    ),
+    Component(
+        kind="objective",
+        name="answers",
+        ref="zoo.objectives.answers:AnswersConfig",
+        summary="cross-entropy of whole answers, weighted by how many people gave them",
     ),
     Component(
         kind="objective",
@@ -412,6 +493,6 @@ TASKS = (
 
 PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *TRUNKS, *TOKENIZERS, *IMAGE_TOKENIZERS)
 
-WIRED = (*TOWERS, *COCA, *BRIDGE, *EXPERTS, *AUTOENCODER, *FUSION)
+WIRED = (*TOWERS, *COCA, *BRIDGE, *EXPERTS, *MASKED_EXPERTS, *AUTOENCODER, *FUSION)
 
 PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *DATA, *TASKS))

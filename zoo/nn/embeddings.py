@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -176,6 +179,18 @@ class PatchEmbedding(nn.Module):
             x = self.norm(x)
         dropped: Tensor = self.dropout(x)
         return dropped
+
+    def fit_stored(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors whose shape is not this module's, as far as they fit after interpolation: the positions of an
+        image of another size, square as this one."""
+        table, own = stored.get("positions"), self.positions
+        if table is None or own is None or table.ndim != 3 or table.shape[2] != own.shape[2]:
+            return {}
+        extra = self.first + int(self.cls is not None)
+        side = math.isqrt(max(0, table.shape[1] - extra))
+        if side == 0 or side**2 + extra != table.shape[1]:
+            return {}
+        return {"positions": resize_positions(table, (side, side), self.grid, extra)}
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], extra: int = 1) -> Tensor:

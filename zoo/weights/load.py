@@ -10,7 +10,7 @@ from typing import Any
 
 from zoo.errors import ConfigError, WeightsError
 from zoo.models.base import Model
-from zoo.recipe import SLOTS, Recipe, resolve
+from zoo.recipe import SLOTS, Recipe, resolve, split_changes
 from zoo.registry import to_plain
 from zoo.weights.files import State, locate, read_file, read_folder, read_json
 from zoo.weights.formats import Official, file_format, transformers_format
@@ -75,11 +75,12 @@ def load_model(
     """
     checkpoint = _read(source, model, strict)
     stored = checkpoint.official.recipe
+    _refuse_unknown(checkpoint, changes or {})
     recipe = stored.with_(**dict(changes)) if changes else stored
     network: Model = recipe.wiring[1].build(recipe.parts, seed)
     report = _fill(network, checkpoint, _touched(stored, recipe), strict)
     saved = checkpoint.folder / TOKENIZER
-    if saved.is_dir() and hasattr(network, "tokenizer") and _same_tokenizer(stored, recipe):
+    if saved.is_dir() and hasattr(type(network), "tokenizer") and _same_tokenizer(stored, recipe):
         from zoo.data.text import load_tokenizer
 
         setattr(network, "tokenizer", load_tokenizer(saved))  # noqa: B010  what has a tokenizer takes one
@@ -120,6 +121,19 @@ def _read(source: str | Path, model: str | None, strict: bool) -> _Checkpoint:
         ignored=unknown,
     )
     return _Checkpoint(official, mapped, report, path if path.is_dir() else path.parent)
+
+
+def _refuse_unknown(checkpoint: _Checkpoint, changes: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a size nobody published, unless the caller says what its tensors cannot."""
+    said = split_changes(changes)[1]
+    for path in checkpoint.official.unknown:
+        slot, field = path.split(".")
+        if field not in (said.get(slot) or {}):
+            config: Any = checkpoint.official.recipe.parts[slot][1]
+            raise WeightsError(
+                f"{checkpoint.report.source!r} is of no published size ({slot}.width = {config.width}), and tensors do"
+                f" not tell {path}: say it with {slot}={{{field!r}: ...}}, or load a checkpoint of a published size"
+            )
 
 
 def _zoo_folder(folder: Path) -> Official:
@@ -170,6 +184,7 @@ def _fill(network: Model, checkpoint: _Checkpoint, touched: dict[str, bool], str
     """Load what fits; everything that does not must be explained by a change, the key map, or ``strict=False``."""
     own = network.state_dict()
     state = dict(checkpoint.state)
+    resized = _resized(network, own, state)
     exchanged = [slot for slot, other in touched.items() if other]
     for slot, other in touched.items():
         if not other and slot != "wiring" and _reshaped(slot, own, state):
@@ -211,8 +226,25 @@ def _fill(network: Model, checkpoint: _Checkpoint, touched: dict[str, bool], str
         loaded=sorted(state),
         new_parts=tuple(exchanged),
         new=sorted([*new, *lost]),
+        resized=resized,
         ignored=sorted({*checkpoint.report.ignored, *left}),
     )
+
+
+def _resized(network: Model, own: Mapping[str, Any], state: State) -> list[str]:
+    """Let modules bring what was stored for another image size to their own (``fit_stored``); the names changed."""
+    names: list[str] = []
+    for path, module in network.named_modules():
+        fit = getattr(module, "fit_stored", None)
+        if fit is None:
+            continue
+        prefix = f"{path}." if path else ""
+        stored = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix) and n in own}
+        differ = {n: t for n, t in stored.items() if t.shape != own[prefix + n].shape}
+        fitted: dict[str, Any] = fit(differ) if differ else {}
+        state.update({prefix + n: t for n, t in fitted.items()})
+        names += [prefix + n for n in fitted]
+    return names
 
 
 def _reshaped(slot: str, own: Mapping[str, Any], state: State) -> bool:

@@ -16,6 +16,7 @@ class LoadReport:
         renamed: How many of them had another name or shape of storage in the checkpoint.
         new_parts: Parts that were exchanged and start from new weights.
         new: Other tensors of the model that were not filled, as the key map, a change or ``strict=False`` allowed.
+        resized: Names of those that were stored for another image size and interpolated.
         ignored: Names in the checkpoint that were left, as the key map, a change or ``strict=False`` allowed.
     """
 
@@ -25,12 +26,15 @@ class LoadReport:
     renamed: int = 0
     new_parts: tuple[str, ...] = ()
     new: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{self.form} checkpoint {self.source}: loaded {len(self.loaded)} tensors"
         lines = [text + (f", {self.renamed} of them renamed" if self.renamed else "")]
         lines += [f"weights of {part} are new" for part in self.new_parts]
+        if self.resized:
+            lines.append(f"interpolated to the image size: {some(self.resized)}")
         if self.new:
             lines.append(f"new: {some(self.new)}")
         if self.ignored:

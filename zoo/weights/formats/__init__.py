@@ -44,6 +44,7 @@ FILES |= dict.fromkeys(
     ),
     "zoo.weights.formats.blip:from_state",
 )
+FILES |= dict.fromkeys(("albef", "albef-retrieval", "albef-vqa"), "zoo.weights.formats.albef:from_state")
 """Recipe name -> "module:function"."""
 
 
@@ -57,6 +58,7 @@ class Official:
         form: What to call it in reports.
         ignored: Templates of its names that may be left (beside those the map drops).
         new: Templates of our names it does not have.
+        unknown: Paths of fields (``encoder.heads``) that its tensors do not tell, and that a caller has to say.
     """
 
     recipe: Recipe
@@ -64,6 +66,7 @@ class Official:
     form: str
     ignored: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
 
 def transformers_format(config: Mapping[str, Any], folder: Path) -> Official:

@@ -3,7 +3,9 @@ decoder, which share everything but their self-attention."""
 
 from __future__ import annotations
 
-from zoo.weights.keymaps import KeyMap, Rule, bert, drop, rename, share, tie, vit
+from collections.abc import Mapping
+
+from zoo.weights.keymaps import KeyMap, Rule, bert, drop, rename, share, split, tie, vit
 
 MOMENTUM = ("visual_encoder_m.{**}", "text_encoder_m.{**}", "vision_proj_m.{p}", "text_proj_m.{p}")
 """Names of the momentum copies; :func:`encoder_keymap` with ``copy="_m"`` knows them."""
@@ -82,3 +84,80 @@ def nlvr_keymap() -> KeyMap:
         + encoder.under("text_encoder.")
         + KeyMap(rename("cls_head.{i}.{p}", "head.{i}.{p}"))
     )
+
+
+# -- the zoo's own models ----------------------------------------------------------------------------------------------
+
+PARTS = {
+    "stem.": "encoder.embed.",
+    "vit.": "encoder.trunk.",
+    "embed.": "text_encoder.embed.",
+    "encoder.": "text_encoder.trunk.",
+    "decoder.": "decoder.trunk.",
+    "decoder_embed.": "decoder.embed_tokens.",
+    "lm.": "decoder.head.",
+    "vision_proj.": "image_projection.",
+    "text_proj.": "text_projection.",
+    "itm_head.": "matching_head.",
+    "temp": "temperature",
+}
+"""Prefix of the parts above -> prefix in the wirings ``fusion``, ``med``, ``writer``, ``answerer``."""
+
+RETRIEVAL_STATE = KeyMap(drop("ptr_queue"), drop("idx_queue"))
+
+
+def placed(keymap: KeyMap, parts: Mapping[str, str]) -> KeyMap:
+    """The map with other prefixes of our names; the longest that fits counts.
+
+    Raises:
+        KeyError: A name under none of them.
+    """
+
+    def moved(name: str) -> str:
+        prefix = max((p for p in parts if name.startswith(p)), key=len, default=name)
+        return parts[prefix] + name.removeprefix(prefix)
+
+    return KeyMap(*(Rule(r.source, tuple(map(moved, r.target)), r.to, r.back, r.kind) for r in keymap.rules))
+
+
+def med_keymap() -> KeyMap:
+    """Return the map of the pre-training model to the wiring ``med`` with ``share``."""
+    shared = KeyMap(share("decoder.embed_tokens.{**}", "text_encoder.embed.{**}"))
+    return shared + placed(keymap(), PARTS)
+
+
+def fusion_keymap() -> KeyMap:
+    """Return the map of the retrieval and matching models to the wiring ``fusion``."""
+    return placed(encoder_keymap() + KeyMap(rename("temp", "temp")) + STATE, PARTS) + RETRIEVAL_STATE
+
+
+def writer_keymap() -> KeyMap:
+    """Return the map of the captioner to the wiring ``writer``."""
+    return placed(decoder_keymap(), {**PARTS, "embed.": "decoder.embed_tokens."})
+
+
+def answerer_keymap() -> KeyMap:
+    """Return the map of the VQA model to the wiring ``answerer``; its encoder and decoder are not tied."""
+    question = bert.keymap("encoder.", "embed.").under("text_encoder.")
+    answer = bert.lm_keymap("decoder.", "decoder_embed.", "lm.").under("text_decoder.")
+    return placed(vit.keymap("vit.", "stem.").under("visual_encoder.") + question + answer, PARTS)
+
+
+def transformers(official: KeyMap) -> KeyMap:
+    """The map of a transformers BLIP, given that of the official model: text names are the same, the image encoder's
+    are not (``vision_model``)."""
+    layer, ours = "vision_model.encoder.layers.{i}.", "encoder.trunk.layers.{i}."
+    vision = KeyMap(
+        rename("vision_model.embeddings.class_embedding", "encoder.embed.cls"),
+        rename("vision_model.embeddings.position_embedding", "encoder.embed.positions"),
+        rename("vision_model.embeddings.patch_embedding.{p}", "encoder.embed.patch.{p}"),
+        rename("vision_model.post_layernorm.{p}", "encoder.trunk.final_norm.{p}"),
+        rename(f"{layer}layer_norm1.{{p}}", f"{ours}attn_norm.{{p}}"),
+        split(f"{layer}self_attn.qkv.{{p}}", [f"{ours}attn.{name}.{{p}}" for name in ("q", "k", "v")]),
+        rename(f"{layer}self_attn.projection.{{p}}", f"{ours}attn.out.{{p}}"),
+        rename(f"{layer}layer_norm2.{{p}}", f"{ours}ffn_norm.{{p}}"),
+        rename(f"{layer}mlp.fc1.{{p}}", f"{ours}ffn.up.{{p}}"),
+        rename(f"{layer}mlp.fc2.{{p}}", f"{ours}ffn.down.{{p}}"),
+    )
+    text = KeyMap(*(r for r in official.rules if not any(s.startswith("visual_encoder.") for s in r.source)))
+    return vision + text
