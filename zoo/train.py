@@ -398,6 +398,7 @@ def train(
     folder: Path, config: RunConfig, module: ZooModule, source: Source, manifest: Manifest, progress: Any
 ) -> None:
     """Run the stages that are not complete yet."""
+    record.reset_peak_memory()
     from zoo.data.loader import loader
     from zoo.data.order import SampleOrder
 

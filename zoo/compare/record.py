@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,28 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+def reset_peak_memory() -> None:
+    """Begin a new measurement: jobs of a sweep share a process, and none shall be charged with the peak of another."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux: "5" sets the peak resident size back to the present one
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory_bytes() -> int:
-    """Largest memory held so far: of the accelerator where there is one, else resident memory of this process."""
+    """Largest memory held since ``reset_peak_memory``: of the accelerator where there is one, else resident memory.
+
+    Where the system offers no resetting (it is no Linux), the peak of the whole process.
+    """
     import torch
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
