@@ -163,7 +163,6 @@ class Keeper(Callback):
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if asked or (self.every and step % self.every == 0 and step < trainer.max_steps):
             self.saved = step
-            self.due = True
             if asked:
                 trainer.should_stop = True
             save_checkpoint(trainer, self.path)
