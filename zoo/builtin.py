@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from zoo.builtin_coca import COCA
 from zoo.plugin import Plugin
 from zoo.registry import Component
 
@@ -162,81 +163,6 @@ DECODERS = (
     ),
 )  # fmt: skip
 
-_COCA: dict[str, str] = {
-    "encoder": "zoo.encoders.vit:ViTConfig",
-    "connector": "zoo.connectors.attentional_pooler:AttentionalPoolerConfig",
-    "text_encoder": "zoo.encoders.causal_text:CausalTextConfig",
-    "decoder": "zoo.decoders.multimodal:MultimodalDecoderConfig",
-}
-_COCA_VIT: dict[str, Any] = {"image_size": 288, "patch_size": 18, "class_token": False, "pool": False}
-_COCA_TEXT: dict[str, Any] = {"tokenizer": "clip-bpe", "vocab_size": 64000, "context_length": 64}
-_COCA_SIZES: dict[str, dict[str, Any]] = {  # table 1: the width, depth, heads and MLP of both text halves
-    "base": {"width": 768, "depth": 12, "heads": 12, "ffn": 3072},
-    "large": {"width": 1024, "depth": 12, "heads": 16, "ffn": 4096},
-    "2b": {"width": 1408, "depth": 18, "heads": 16, "ffn": 5632},
-}
-
-
-def _coca(kind: str, name: str, summary: str, **preset: Any) -> Component:
-    return Component(kind=kind, name=name, ref=_COCA[kind], preset=preset, summary=summary)
-
-
-COCA = (
-    _encoder(
-        "coca-vit-b-32", "open_clip:OpenCLIPViTConfig", "open_clip CoCa's ViT-B/32, 224 px, exact GELU, 50 tokens",
-        quick_gelu=False, pool=False,
-    ),
-    _encoder(
-        "coca-vit-l-14", "open_clip:OpenCLIPViTConfig", "open_clip CoCa's ViT-L/14, 224 px, exact GELU, 257 tokens",
-        quick_gelu=False, pool=False, **_VIT_L,
-    ),
-    _coca("encoder", "coca-vit-base", "CoCa's ViT-B/18, 288 px, 256 tokens", **_COCA_VIT),
-    _coca(
-        "encoder", "coca-vit-large", "CoCa's ViT-L/18, 288 px, 256 tokens",
-        width=1024, depth=24, heads=16, ffn=4096, **_COCA_VIT,
-    ),
-    _coca(
-        "encoder", "coca-vit-2b", "CoCa's ViT-g/18, 288 px, 256 tokens",
-        width=1408, depth=40, heads=16, ffn=6144, **_COCA_VIT,
-    ),
-    _coca("connector", "attentional-pooler", "256 queries read the image once: a vector and 255 tokens (open_clip)"),
-    _coca(
-        "connector", "attentional-poolers", "256 queries read the image, and one more reads them (CoCa)",
-        pooling="cascade",
-    ),
-    _coca("text_encoder", "coca-text-512", "causal text, 12 blocks of width 512, class token last (open_clip)"),
-    _coca(
-        "text_encoder", "coca-text-768", "causal text, 12 blocks of width 768, class token last (open_clip)",
-        width=768, heads=12, ffn=3072,
-    ),
-    *(
-        _coca(
-            "text_encoder", f"coca-text-{name}",
-            f"causal text, {size['depth']} blocks of width {size['width']}, class token last (CoCa)",
-            **_COCA_TEXT, **size,
-        )
-        for name, size in _COCA_SIZES.items()
-    ),
-    _coca("decoder", "coca-decoder-512", "goes on from coca-text-512, reads the image, two MLPs a layer (open_clip)"),
-    _coca(
-        "decoder", "coca-decoder-768", "goes on from coca-text-768, reads the image, two MLPs a layer (open_clip)",
-        width=768, heads=12, ffn=3072,
-    ),
-    *(
-        _coca(
-            "decoder", f"coca-decoder-{name}", f"goes on from coca-text-{name}, reads the image (CoCa)",
-            two_ffn=False, **_COCA_TEXT, **size,
-        )
-        for name, size in _COCA_SIZES.items()
-    ),
-    Component(
-        kind="wiring",
-        name="captioner",
-        ref="zoo.models.captioner:CaptionerConfig",
-        summary="two encoders and a decoder that goes on from the text encoder's states: one pass, two losses",
-    ),
-)  # fmt: skip
-
 BRIDGE = (
     Component(
         kind="wiring",
@@ -374,7 +300,12 @@ FUSION = (
         name="blip-bert",
         ref="zoo.encoders.bert:BertConfig",
         preset={
-            "vocab_size": 30524, "added": 2, "types": 0, "text_share": 1.0, "cross_share": 1.0, "lm_head": False,
+            "vocab_size": 30524,
+            "added": 2,
+            "types": 0,
+            "text_share": 1.0,
+            "cross_share": 1.0,
+            "lm_head": False,
         },
         summary="BERT base whose every layer can also read the image (BLIP)",
     ),
@@ -401,6 +332,19 @@ FUSION = (
         name="answerer",
         ref="zoo.models.answerer:AnswererConfig",
         summary="a question reads the image, a decoder reads the question's states (ALBEF's and BLIP's VQA)",
+    ),
+    Component(
+        kind="decoder",
+        name="albef-decoder",
+        ref="zoo.decoders.bert_decoder:BertDecoderConfig",
+        preset={"vocab_size": 30522, "added": 0, "types": 2, "depth": 6},
+        summary="6 layers of BERT base that write answers and read a question's states (ALBEF)",
+    ),
+    Component(
+        kind="objective",
+        name="distilled-answers",
+        ref="zoo.objectives.distilled_answers:DistilledAnswersConfig",
+        summary="the loss of answers, distilled from a momentum copy (ALBEF)",
     ),
     Component(
         kind="objective",
