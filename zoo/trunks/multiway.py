@@ -3,6 +3,8 @@ self-attention over images and text, units of their own for each."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -10,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, WeightsError
 from zoo.layout import Layout, Segment, lay_out
 from zoo.nn import KVCache, PatchEmbedding, TokenEmbedding, Trunk, TrunkConfig
 from zoo.nn.config import ROUTABLE
 from zoo.nn.positions import pair_relative_index
 from zoo.trunks.base import Rows, SharedTrunk, SharedTrunkConfig
+from zoo.trunks.resize import resize_relative
 
 TEXT, IMAGE, TEXT_IN_PAIR, IMAGE_IN_PAIR = range(4)
 """Modality ids: what a token is, and whether the pair experts take it."""
@@ -43,7 +46,10 @@ class MultiwayConfig(SharedTrunkConfig):
         bias: Which of q, k, v own a bias, as letters.
         sub_norm: A norm before the attention output and before the last matrix of an expert (BEiT-3).
         eps: Of every norm of the transformer.
-        layer_scale: Initial scale of every branch; None = none.
+        layer_scale: Initial scale of every branch of a trunk of 12 layers or more; a shallower one starts at
+            layer_scale^(depth / 12), or its branches would add nothing to train from. None = no scales.
+        init_std: Of the matrices at the start; 0 = the published 0.02, which suits their widths, and width^-1/2 where
+            the trunk is narrower than 512.
         dropout: On embedded text.
         drop_path: Of the last layer, rising from 0.
     """
@@ -69,6 +75,7 @@ class MultiwayConfig(SharedTrunkConfig):
     sub_norm: bool = False
     eps: float = 1e-6
     layer_scale: float | None = 0.1
+    init_std: float = 0.0
     dropout: float = 0.1
     drop_path: float = 0.1
 
@@ -107,7 +114,8 @@ class MultiwayConfig(SharedTrunkConfig):
             bias=self.bias,
             sub_norm=self.sub_norm,
             rel_rows=(2 * side - 1) ** 2 + 3 + 2 + 2 * self.rows if self.relative else 0,
-            layer_scale=self.layer_scale,
+            layer_scale=None if self.layer_scale is None else self.layer_scale ** min(1.0, self.depth / 12),
+            init_std=self.init_std or (0.02 if self.width >= 512 else self.width**-0.5),
             drop_path=self.drop_path,
             routed=tuple(self.routed),
             routes=tables if self.pair_layers else (0, 1, 0, 1),
@@ -156,6 +164,30 @@ class Multiway(SharedTrunk):
         with torch.device("cpu"):  # the table is made from values, which "meta" does not have
             index = pair_relative_index(self.grid, c.context_length, c.rows) if c.relative else None
         self.register_buffer("index", None if index is None else index.to(self.stem.patch.weight.device), False)
+
+    def fit_stored(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The relative positions of an image of another size, resampled as BEiT does; ``stem`` fits its own.
+
+        Args:
+            stored: Tensors of a checkpoint whose shapes differ from this trunk's.
+
+        Raises:
+            WeightsError: Anything else that differs, which means a trunk of another size.
+        """
+        out: dict[str, Tensor] = {}
+        own = dict(self.named_parameters())
+        for name, tensor in stored.items():
+            if name == "trunk.rel_bias" and tensor.shape[1:] == own[name].shape[1:]:
+                side = math.isqrt(max(0, len(tensor) - 5 - 2 * self.config.rows))
+                if side % 2 and side**2 + 5 + 2 * self.config.rows == len(tensor):
+                    out[name] = resize_relative(tensor, (side + 1) // 2, self.grid[0])
+                    continue
+            if name != "stem.positions" or tensor.shape[2] != self.width:
+                raise WeightsError(
+                    f"trunk.{name} is {tuple(tensor.shape)} in the checkpoint and {tuple(own[name].shape)} in the"
+                    " model: only image_size may differ from the checkpoint"
+                )
+        return out
 
     # -- embeddings ------------------------------------------------------------------------------------------------
 
