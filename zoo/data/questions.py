@@ -26,6 +26,7 @@ class QuestionProcessor(CaptionProcessor):
         context_length: answers are cut to this many ids.
         question_length: and questions to this many.
         question: what is asked of a sample without turns.
+        end: close questions with EOS.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class QuestionProcessor(CaptionProcessor):
         *,
         question_length: int,
         question: str,
+        end: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__(transform, tokenizer, context_length, seed=seed)
         self.question_length = question_length
         self.question = question
+        self.end = end
 
     def __call__(
         self,
@@ -71,8 +74,9 @@ class QuestionProcessor(CaptionProcessor):
     def encode_questions(self, questions: Sequence[str]) -> dict[str, Tensor]:
         """Return ``question_ids`` [B, Q] int64 (BOS, question, EOS, pads up to the longest) and ``question_mask``
         [B, Q] bool."""
-        end = self.tokenizer.eos_id
-        rows = [[self.tokenizer.bos_id, *self._words(q)[: self.question_length - 2], end] for q in questions]
+        end = [self.tokenizer.eos_id] if self.end else []
+        room = self.question_length - 1 - len(end)
+        rows = [[self.tokenizer.bos_id, *self._words(q)[:room], *end] for q in questions]
         width = max(map(len, rows), default=0)
         ids = torch.tensor([[*row, *[self.tokenizer.pad_id] * (width - len(row))] for row in rows])
         mask = torch.arange(width) < torch.tensor([len(row) for row in rows]).view(-1, 1)

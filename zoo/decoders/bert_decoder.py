@@ -22,6 +22,7 @@ class BertDecoderConfig(DecoderConfig):
         vocab_size: Rows of the embedding table, ``added`` ids included.
         added: Ids behind those of the tokenizer. BLIP has two: the last but one, [DEC], starts what the decoder
             writes, the last, [ENC], what the image-grounded encoder reads.
+        types: Rows of a token type table, of which only row 0 is read; 0 = none (ALBEF's answer decoder has 2).
         width: Hidden size.
         depth: Layers; each has self-attention, cross-attention and FFN, each with a norm behind it.
         heads: Attention heads.
@@ -34,6 +35,7 @@ class BertDecoderConfig(DecoderConfig):
     vocab_size: int = 30524
     context_length: int = 512
     added: int = 2
+    types: int = 0
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -88,6 +90,7 @@ class BertDecoder(Decoder):
             config.vocab_size,
             config.width,
             positions=config.context_length,
+            types=config.types,
             norm="layer",
             eps=config.eps,
             dropout=config.dropout,
@@ -144,7 +147,10 @@ class BertDecoder(Decoder):
                 " raise decoder.context_length"
             )
         position = batch.layout.position[..., batch.layout.length - rows :]  # [B | 1, T]
-        x = self.embed_tokens.finish(batch.embeds + table(position))
+        x = batch.embeds + table(position)
+        if self.embed_tokens.types is not None:
+            x = x + self.embed_tokens.types.weight[0]
+        x = self.embed_tokens.finish(x)
         hidden = self.trunk(x, batch.layout, context=context, context_mask=context_mask, cache=cache)
         assert isinstance(hidden, Tensor)
         return hidden

@@ -35,11 +35,11 @@ class MetricInfo:
     help: str = ""
 
 
-def _recall(way: str, k: int, primary: bool = False) -> MetricInfo:
+def _recall(way: str, k: int, primary: bool = False, stage: str = "") -> MetricInfo:
     image_first = way == "i2t"
     return MetricInfo(
-        label=f"{'I→T' if image_first else 'T→I'} R@{k}",
-        numerator=f"{way}_hits_{k}",
+        label=f"{'I→T' if image_first else 'T→I'} R@{k}{stage and ' reranked'}",
+        numerator=f"{way}_hits_{k}{stage}",
         denominator="" if image_first else "captions",
         percent=True,
         primary=primary,
@@ -53,6 +53,7 @@ METRICS: dict[str, dict[str, MetricInfo]] = {
     "retrieval": {
         **{f"i2t_r{k}": _recall("i2t", k, primary=k == 1) for k in (1, 5, 10)},
         **{f"t2i_r{k}": _recall("t2i", k) for k in (1, 5, 10)},
+        **{f"{way}_r{k}_reranked": _recall(way, k, stage="_reranked") for way in ("i2t", "t2i") for k in (1, 5, 10)},
         "i2t_median_rank": MetricInfo(
             label="I→T median", higher_is_better=False, detail=True, help="median rank of the right one; 1 is best"
         ),

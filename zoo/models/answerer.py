@@ -32,6 +32,9 @@ class AnswererConfig(WriterConfig):
 
     Attributes:
         question_length: Longest question in tokens.
+        end: Close questions with [SEP]; ALBEF does not.
+        rank_smoothing: Label smoothing within the scores of ``choose_answers``; BLIP 0.1, ALBEF 0.
+        first_twice: ``choose_answers`` adds log p of an answer's first token once more, as ALBEF's release does.
         prompt: The question where a sample or a call gives none.
         share: As ``MEDConfig.share``; BLIP's release does not tie the two, and its widths may then differ.
     """
@@ -40,6 +43,9 @@ class AnswererConfig(WriterConfig):
 
     question_length: int = 35
     text_length: int = 16
+    end: bool = True
+    rank_smoothing: float = 0.1
+    first_twice: bool = False
     prompt: str = "what is this?"
     share: bool = False
 
@@ -105,6 +111,10 @@ class Answerer(Writer):
         weights = states.new_ones(len(ids)) if weights is None else weights
         return {"hidden": hidden, "targets": shifted(batch["labels"], None), "answer_weights": weights / questions}
 
+    def momentum_parts(self) -> tuple[str, ...]:
+        """The parts of which distillation keeps a moving average."""
+        return ("encoder", "text_encoder", "decoder")
+
     def asked(
         self,
         pixel_values: Tensor,
@@ -150,6 +160,7 @@ class Answerer(Writer):
         *,
         k: int = 128,
         label_smoothing: float = 0.1,
+        first_twice: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The ``k`` answers of a list whose first token is likeliest for each question, and how good they are.
 
@@ -157,6 +168,7 @@ class Answerer(Writer):
         smoothing included. BLIP smooths by 0.1, ALBEF not.
 
         Args:
+            first_twice: Add log p of the first token to the answer's once more, as ALBEF's release does.
             states: [B, Q, D], as ``asked`` gives them.
             mask: [B, Q] bool.
             answer_ids: [A, T] with the start token in the first place.
@@ -168,7 +180,7 @@ class Answerer(Writer):
         k = min(k, len(answer_ids))
         start = answer_ids[:1, :1].expand(len(states), -1)
         first = self.decoder.logits(self.decode(start, None, states, mask)[:, 0]).float().softmax(-1)  # [B, V]
-        chosen = first[:, answer_ids[:, 1]].topk(k).indices  # [B, k]
+        likely, chosen = first[:, answer_ids[:, 1]].topk(k)  # [B, k]
         rows = chosen.flatten()
         ids, real = answer_ids[rows], answer_mask[rows].bool()  # [B * k, T]
         seen = states.repeat_interleave(k, 0)
@@ -177,7 +189,8 @@ class Answerer(Writer):
         loss = F.cross_entropy(
             logits.transpose(1, 2), shifted(ids, real), reduction="none", label_smoothing=label_smoothing
         )
-        return chosen, -loss.sum(1).view_as(chosen)
+        scores = -loss.sum(1).view_as(likely)
+        return chosen, scores + likely.log() if first_twice else scores
 
     def choose_answers(
         self, images: Sequence[ImageLike], questions: Sequence[str], answers: Sequence[str], k: int = 128
@@ -189,7 +202,15 @@ class Answerer(Writer):
             for start in range(0, len(images), 8):
                 part = slice(start, start + 8)
                 states, mask = self.read(self._pixels(images[part]), questions[part])
-                chosen, scores = self.rank_ids(states, mask, ids, real, k=k)
+                chosen, scores = self.rank_ids(
+                    states,
+                    mask,
+                    ids,
+                    real,
+                    k=k,
+                    label_smoothing=self.answerer.rank_smoothing,
+                    first_twice=self.answerer.first_twice,
+                )
                 best = chosen.gather(1, scores.argmax(1, keepdim=True))[:, 0]
                 out += [answers[i] for i in best.tolist()]
         return out
@@ -203,6 +224,7 @@ class Answerer(Writer):
             length,
             question_length=min(self.answerer.question_length, self.text_config.context_length),
             question=self.answerer.prompt,
+            end=self.answerer.end,
             seed=self.seed,
         )
 

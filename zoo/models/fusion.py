@@ -43,6 +43,7 @@ class FusionConfig(WiringConfig):
         text_length: Longest text in tokens.
         end: Close texts with [SEP]; ALBEF does not.
         matching: Own the matching head.
+        rerank_similarity: Add the cosine similarity to the matching logit where candidates are ordered again (BLIP).
         image_ids: Let batches say which image a pair is of (retrieval fine-tuning).
         augment: What training images go through (``none``, ``random-resized-crop``, ``shift``, ``flip``,
             ``shift-flip``).
@@ -55,6 +56,7 @@ class FusionConfig(WiringConfig):
     text_length: int = 30
     end: bool = False
     matching: bool = True
+    rerank_similarity: bool = False
     image_ids: bool = False
     augment: str = "none"
 
@@ -202,6 +204,40 @@ class Fusion(EmbedsPairs, Model):
             return self.match_logits(pixels, *self._ids([text for _, text in chunk]))[:, 1].float()
 
         return self._chunked(list(zip(images, texts, strict=True)), judged, torch.empty(0, device=self.device))
+
+    def match_pairs(self, images: Sequence[ImageLike], texts: Sequence[str], pairs: Tensor) -> Tensor:
+        """The logit of "match" of many pairs [P, 2] of (image, text) rows: [P] float32, equal to ``match`` of each.
+
+        Every image and every text is read once.
+        """
+        chosen = [(int(image), int(text)) for image, text in pairs.tolist()]
+        seen: list[Tensor] = []
+        read: list[dict[str, Tensor]] = []
+
+        def look(chunk: Sequence[ImageLike]) -> Tensor:
+            tokens: Tensor = self.encoder(self._pixels(chunk)).tokens
+            seen.append(tokens)
+            return tokens[:, 0, 0]
+
+        def judged(chunk: Sequence[tuple[int, int]]) -> Tensor:
+            rows, columns = (torch.tensor(side, device=self.device) for side in zip(*chunk, strict=True))
+            if not read:
+                ids, mask = self._ids(texts)
+                read.append({"ids": ids, "mask": mask, "states": self.text_encoder(ids, mask).tokens})
+            ids, mask, states = (read[0][name][columns] for name in ("ids", "mask", "states"))
+            longest = int(mask.sum(1).max())
+            ids, mask, states = ids[:, :longest], mask[:, :longest], states[:, :longest]
+            fused = self.fuse(Features(torch.cat(seen)[rows]), ids, mask, text_tokens=states)
+            return self.matching_logits(fused)[:, 1].float()
+
+        empty = torch.empty(0, device=self.device)
+        self._chunked(images, look, empty)
+        return self._chunked(chosen, judged, empty)
+
+    @property
+    def rerank_similarity(self) -> bool:
+        """Whether candidates are ordered again by the matching logit plus the similarity, or by the logit alone."""
+        return self.config.rerank_similarity
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 

@@ -92,7 +92,9 @@ class Writer(WritesGrounded, Model):
         return {"hidden": hidden, "targets": shifted(batch["labels"], None)}
 
     def started(self, ids: Tensor) -> Tensor:
-        """Text ids [B, T] with [DEC] in the first place."""
+        """Text ids [B, T] with [DEC] in the first place; as they are where the decoder has no [DEC] (ALBEF)."""
+        if getattr(self.decoder, "start_id", -1) < 0:
+            return ids
         return torch.cat([torch.full_like(ids[:, :1], self.start_id), ids[:, 1:]], 1)
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------

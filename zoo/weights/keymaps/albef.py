@@ -63,3 +63,43 @@ def text_config(hf: Mapping[str, Any]) -> TrunkConfig:
 def decoder_config(hf: Mapping[str, Any], depth: int) -> TrunkConfig:
     """Return the answer decoder: ``depth`` layers which all read the question's states (as wide as the text)."""
     return bert.trunk_config({**hf, "num_hidden_layers": depth, "add_cross_attention": True})
+
+
+def fusion_keymap(head: bool, stored_head: bool, copy: str = "") -> KeyMap:
+    """Return the map of the pre-training and retrieval models to the wiring ``fusion``.
+
+    Args:
+        head: the model predicts masked words; else a stored head is left, as :data:`HEAD` names it.
+        stored_head: the file's BERT has its head, as the pre-training model's.
+        copy: ``_m`` for the momentum copies, to a ``Momentum.teacher``.
+    """
+    trunk, embed = "text_encoder.trunk.", "text_encoder.embed."
+    if stored_head and head:
+        text = bert.lm_keymap(trunk, embed, "text_encoder.lm_head.")
+    else:
+        text = bert.keymap(trunk, embed).under("bert." if stored_head else "")
+    shared = (
+        vit.keymap("encoder.trunk.", "encoder.embed.").under(f"visual_encoder{copy}.")
+        + text.under(f"text_encoder{copy}.")
+        + KeyMap(
+            rename(f"vision_proj{copy}.{{p}}", "image_projection.{p}"),
+            rename(f"text_proj{copy}.{{p}}", "text_projection.{p}"),
+        )
+    )
+    if copy:
+        return shared
+    own = KeyMap(rename("itm_head.{p}", "matching_head.{p}"), rename("temp", "temperature"))
+    return shared + own + STATE + KeyMap(drop("idx_queue"))
+
+
+def answerer_keymap(copy: str = "") -> KeyMap:
+    """Return the map of the VQA model to the wiring ``answerer``."""
+    return (
+        vit.keymap("encoder.trunk.", "encoder.embed.").under(f"visual_encoder{copy}.")
+        + bert.keymap("text_encoder.trunk.", "text_encoder.embed.").under(f"text_encoder{copy}.")
+        + bert.lm_keymap("decoder.trunk.", "decoder.embed_tokens.", "decoder.head.").under(f"text_decoder{copy}.")
+    )
+
+
+HEAD = ("text_encoder.cls.{**}",)
+"""Names of the head over words, for models that have none."""
