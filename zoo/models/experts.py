@@ -71,7 +71,7 @@ class ExpertsConfig(WiringConfig):
         Raises:
             ConfigError: A head that the trunk cannot serve.
         """
-        return Experts(self, cast("MultiwayConfig", parts["trunk"][1]), seed)
+        return (MatchingExperts if self.match else Experts)(self, cast("MultiwayConfig", parts["trunk"][1]), seed)
 
 
 class WordHead(nn.Module):
@@ -260,19 +260,6 @@ class Experts(EmbedsPairs, Model):
         logits: Tensor = self.codes(hidden)
         return logits
 
-    # -- capabilities ----------------------------------------------------------------------------------------------
-
-    def match(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
-        """The logit of "match", the difference of the head's two, of image n and text n: [N] float32."""
-        if len(images) != len(texts):
-            raise ConfigError(f"{len(images)} images and {len(texts)} texts: match judges them one to one")
-
-        def judged(chunk: Sequence[tuple[ImageLike, str]]) -> Tensor:
-            logits = self.match_logits(self._pixels([i for i, _ in chunk]), *self._ids([t for _, t in chunk])).float()
-            return logits[:, 1] - logits[:, 0]
-
-        return self._chunked(list(zip(images, texts, strict=True)), judged, torch.empty(0, device=self.device))
-
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:
@@ -315,3 +302,18 @@ class Experts(EmbedsPairs, Model):
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids, dtype=torch.bool),
         }
+
+
+class MatchingExperts(Experts):
+    """``Experts`` with a matching head, which is a capability of its class."""
+
+    def match(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
+        """The logit of "match", the difference of the head's two, of image n and text n: [N] float32."""
+        if isinstance(texts, str) or len(images) != len(texts):
+            raise ConfigError(f"{len(images)} images and {len(texts)} texts: match judges them one to one")
+
+        def judged(chunk: Sequence[tuple[ImageLike, str]]) -> Tensor:
+            logits = self.match_logits(self._pixels([i for i, _ in chunk]), *self._ids([t for _, t in chunk])).float()
+            return logits[:, 1] - logits[:, 0]
+
+        return self._chunked(list(zip(images, texts, strict=True)), judged, torch.empty(0, device=self.device))
