@@ -233,7 +233,7 @@ class RunConfig:
         return RunConfig.from_plain(plain)
 
 
-SHOWN_DATA = ("blank_images", "split_scheme", "language")
+SHOWN_DATA = ("blank_images", "shuffled_captions", "trusted", "split_scheme", "language")
 """Data fields that set two runs of one model apart in their names."""
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": ("zoo.cli.commands.generate", "text for images from a run or a checkpoint"),
     "report": ("zoo.cli.commands.report", "leaderboard and one HTML page over runs"),
     "demo": ("zoo.cli.commands.demo", "CLIP and three connectors compared on real images, in minutes on a CPU"),
+    "data": ("zoo.cli.commands.data", "make datasets: zoo data capfilt cleans captions with a trained BLIP"),
     "doctor": ("zoo.cli.commands.doctor", "versions, devices, plugins, and what is wrong with them"),
     "plugin": ("zoo.cli.commands.plugin", "write the skeleton of a plugin: zoo plugin new NAME"),
 }

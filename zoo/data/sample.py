@@ -107,10 +107,17 @@ class BadSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Base of the configurations of sources. ``blank_images`` gives the text-only control of any source."""
+    """Base of the configurations of sources.
+
+    ``blank_images`` gives the text-only control of any source. ``shuffled_captions`` is the fraction of the training
+    samples that get each other's texts, ``trusted`` the fraction that never does and is marked so
+    (``zoo.data.shuffled``).
+    """
 
     kind: ClassVar[str] = ""
     blank_images: bool = False
+    shuffled_captions: float = 0.0
+    trusted: float = 0.0
 
     def build(self, image_size: int | None = None) -> Source:
         """Open the source.
@@ -121,7 +128,16 @@ class SourceConfig:
         Raises:
             DataError: the source cannot be used; nothing long has been done by then.
         """
+        if not 0 <= self.shuffled_captions <= 1 or not 0 <= self.trusted <= 1:
+            raise ConfigError(
+                f"data.shuffled_captions = {self.shuffled_captions}, data.trusted = {self.trusted}: expected fractions"
+                " between 0 and 1"
+            )
         source = self.open(image_size)
+        if self.shuffled_captions or self.trusted:
+            from zoo.data.shuffled import ShuffledCaptions
+
+            source = ShuffledCaptions(source, self.shuffled_captions, self.trusted)
         return BlankImages(source) if self.blank_images else source
 
     def open(self, image_size: int | None) -> Source:

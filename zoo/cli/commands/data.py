@@ -1,0 +1,64 @@
+"""zoo data: commands that make datasets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("zoo data", description="Make datasets.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    capfilt = commands.add_parser(
+        "capfilt",
+        help="clean a dataset with the captioner and the filter of a BLIP",
+        description="Fine-tune a captioner and a filter from a BLIP run on the trusted pairs of its data, caption every"
+        " other training image, drop the texts that the filter rejects, and write what is left as a folder dataset.",
+    )
+    capfilt.add_argument("run", help="run directory of a BLIP, trained with data.trusted above 0")
+    capfilt.add_argument("--out", required=True, help="new folder for the dataset")
+    capfilt.add_argument("--steps", type=int, default=200, help="of fine-tuning captioner and filter each")
+    capfilt.add_argument("--batch-size", type=int, default=64)
+    capfilt.add_argument("--lr", type=float, default=0.0, help="peak of fine-tuning; 0 = a fifth of the run's")
+    capfilt.add_argument("--top-p", type=float, default=0.9, help="nucleus the captioner samples from")
+    capfilt.add_argument("--max-new-tokens", type=int, default=20)
+    capfilt.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    return _capfilt(arguments)
+
+
+def _capfilt(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from zoo.cli.checkpoint import load
+    from zoo.data.capfilt import CAPTIONS, CapFilt, clean
+    from zoo.errors import ConfigError
+    from zoo.plugin import catalogue
+    from zoo.run_config import RunConfig
+
+    config = CapFilt(
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        top_p=arguments.top_p,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+    )
+    folder = Path(arguments.run)
+    if not (folder / "run.yaml").is_file():
+        raise ConfigError(f"{folder} is no run directory: train one with zoo train model=blip data.trusted=0.2 ...")
+    run = RunConfig.read(folder / "run.yaml")
+    values = {key: value for key, value in run.data.items() if key != "name"}
+    module = load(str(folder))
+    source = catalogue()["data"].parse(run.data["name"], values, "data").build(run.recipe.image_size)
+    out = Path(arguments.out)
+    summary = clean(module, source, out, config)
+    for kind, counts in summary["captions"].items():
+        print(f"{kind}: kept {counts['kept']} of {counts['judged']} captions")
+    if "right_after" in summary:
+        print(f"right captions: {summary['right_before']:.1%} before, {summary['right_after']:.1%} after")
+    print(
+        f"train on it: zoo train model={run.recipe.model} scale={run.recipe.scale} data=folder data.root={out}"
+        f" data.captions={CAPTIONS} data.split_column=split"
+    )
+    return 0
