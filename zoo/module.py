@@ -212,7 +212,8 @@ class ZooModule(LightningModule):
 
 FORWARDED = frozenset(
     {
-        "embed_images", "embed_texts", "embed", "match", "generate_text", "score_text", "score_candidates",
+        "embed_images", "embed_texts", "embed", "match", "match_pairs", "match_logits", "grounding", "generate_text",
+        "score_text", "score_candidates",
         "generate_images",
         "inpaint", "segment", "generate_interleaved", "image_features", "text_features", "text_logits", "token_logits",
         "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.decoders.base import Decoder, DecoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import TokenBatch
-from zoo.nn import KVCache, MLMHead, TokenEmbedding, Trunk, TrunkConfig, share_
+from zoo.nn import KVCache, MLMHead, TokenEmbedding, Trunk, TrunkConfig, share_, start_std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,7 @@ class BertDecoderConfig(DecoderConfig):
             attention_dropout=self.dropout,
             blocks=("scf",) * self.depth,
             context_width=context_width,
+            init_std=start_std(self.width),
         )
 
     def build(self, context_width: int | None = None) -> BertDecoder:

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoo.encoders.base import Encoder, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, lay_out
-from zoo.nn import MLMHead, TokenEmbedding, Trunk, TrunkConfig
+from zoo.nn import MLMHead, TokenEmbedding, Trunk, TrunkConfig, start_std
 from zoo.part import Features
 
 
@@ -95,6 +95,7 @@ class BertConfig(TextEncoderConfig):
             attention_dropout=self.dropout,
             blocks=tuple("scf" if cross and i >= first else "sf" for i in range(depth)),
             context_width=context_width,
+            init_std=start_std(self.width),
         )
 
     def build(self, context_width: int | None = None) -> Bert:

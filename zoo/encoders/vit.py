@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.encoders.base import Encoder, ImageEncoderConfig
 from zoo.encoders.open_clip import check_image, check_vit_sizes, kept_blocks
-from zoo.nn import PatchEmbedding, Trunk, TrunkConfig, init_clip_
+from zoo.nn import PatchEmbedding, Trunk, TrunkConfig, init_clip_, start_std
 from zoo.nn.config import Act, Norm, Placement
 from zoo.part import Features
 
@@ -40,7 +40,7 @@ class ViTConfig(ImageEncoderConfig):
         pool: Return ``pooled``: the class token where there is one, else the mean of the patches.
         layer_scale: Initial scale of every branch; None = none.
         dropout, drop_path: In training.
-        init: ``normal`` (0.02, truncated) or ``clip`` (by width and depth, as CLIP's text tower).
+        init: ``normal`` (0.02, more where the width is below 512, see ``start_std``; truncated) or ``clip`` (by width and depth, as CLIP's text tower).
     """
 
     patch_size: int = 16
@@ -92,6 +92,7 @@ class ViTConfig(ImageEncoderConfig):
             layer_scale=self.layer_scale,
             dropout=self.dropout,
             drop_path=self.drop_path,
+            init_std=start_std(self.width),
         )
 
     def build(self) -> ViT:

@@ -234,6 +234,24 @@ class Fusion(EmbedsPairs, Model):
         self._chunked(images, look, empty)
         return self._chunked(chosen, judged, empty)
 
+    def grounding(self, images: Sequence[ImageLike], texts: Sequence[str], layer: int | None = None) -> Tensor:
+        """Where in image n text n is: [N, h, w] over the grid of patches, 0 or more; see ``zoo.models.grounding``.
+
+        Args:
+            layer: Index of the text encoder's layer whose cross-attention is looked at; 8 of 12 as published.
+        """
+        from zoo.models.grounding import grounding_maps
+
+        if isinstance(images, str) or isinstance(texts, str) or len(images) != len(texts):
+            raise ConfigError(f"{len(images)} images and {len(texts)} texts: grounding takes lists of equal length")
+
+        def looked(chunk: Sequence[tuple[ImageLike, str]]) -> Tensor:
+            with torch.inference_mode(False):
+                pixels, ids = self._pixels([image for image, _ in chunk]), self._ids([text for _, text in chunk])
+                return grounding_maps(self, pixels, *ids, layer=layer)
+
+        return self._chunked(list(zip(images, texts, strict=True)), looked, torch.empty(0, device=self.device))
+
     @property
     def rerank_similarity(self) -> bool:
         """Whether candidates are ordered again by the matching logit plus the similarity, or by the logit alone."""

@@ -12,6 +12,12 @@ from zoo.nn.experts import Experts
 from zoo.nn.trunk import Trunk
 
 
+def start_std(width: int) -> float:
+    """Standard deviation of the initial matrices: BERT's and ViT's 0.02, which suits their widths, and width^-1/2 below
+    512, where branches of 0.02 would add almost nothing to learn from."""
+    return 0.02 if width >= 512 else width**-0.5
+
+
 @torch.no_grad()
 def copy_expert_(trunk: Trunk, source: int, target: int) -> None:
     """Let the expert ``target`` start as the expert ``source`` in every routed unit that has both.
