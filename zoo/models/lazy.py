@@ -36,6 +36,11 @@ class LazyOutputs(Mapping[str, Tensor]):
                 self._made[name] = maker(self)
         return self._made[name]
 
+    def and_also(self, makers: Mapping[str, Callable[[LazyOutputs], Tensor]]) -> LazyOutputs:
+        """These outputs and more, made under the same modes."""
+        self._makers = {**self._makers, **makers}
+        return self
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
 

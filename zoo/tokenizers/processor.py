@@ -1,4 +1,4 @@
-"""What shows images to models that read no text."""
+"""What prepares samples for models with an image tokenizer: images alone, or with their stored codes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zoo.data.fused import FusionProcessor
 from zoo.data.images import ImageTransform
 from zoo.data.sample import Sample
+from zoo.data.text import TextTokenizer
 from zoo.errors import DataError
+from zoo.tokenizers.stored import StoredCodes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,3 +63,30 @@ class ImageProcessor:
     def encode_images(self, images: Sequence[ImageLike]) -> Tensor:
         """Return ``[B, 3, S, S]`` float32, as in evaluation."""
         return self.transform(images)
+
+
+class StoredCodesProcessor(FusionProcessor):
+    """As ``FusionProcessor``, with the stored codes of every image."""
+
+    def __init__(
+        self,
+        transform: ImageTransform,
+        tokenizer: TextTokenizer,
+        context_length: int,
+        codes: StoredCodes,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(transform, tokenizer, context_length, seed=seed)
+        self.codes = codes
+
+    def __call__(
+        self,
+        samples: Sequence[Sample],
+        train: bool = False,
+        draws: Sequence[int] | None = None,
+        pixels: NDArray[np.uint8] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return what ``FusionProcessor`` does, and ``image_codes`` [B, h*w] int64."""
+        batch = super().__call__(samples, train, draws, pixels)
+        return {**batch, "image_codes": self.codes.lookup([s.id for s in samples])}

@@ -18,7 +18,7 @@ from zoo.tokenizers.base import ImageTokenizer, ImageTokenizerConfig
 from zoo.tokenizers.quantizer import Quantized, Quantizer
 
 FOLD = 4
-"""Side of the squares of pixels that are folded into channels before the first convolution."""
+"""Least side of the squares of pixels that are folded into channels before the first convolution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,6 @@ class VQConfig(ImageTokenizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"patch_size = {self.patch_size} must be a power of two: every step halves the grid")
         if self.width < 32 or self.width % 32:
             raise ValueError(f"width = {self.width} must be a multiple of 32")
         if self.blocks < 0 or self.code_width < 2 or not 0 <= self.decay < 1 or self.restart < 0:
@@ -61,8 +59,9 @@ class VQTokenizer(ImageTokenizer):
         super().__init__()
         self.config = config
         self.codes, self.grid = config.vocab_size, config.grid
-        self.fold = min(FOLD, config.patch_size)
-        steps = (config.patch_size // self.fold).bit_length() - 1
+        self.fold, steps = config.patch_size, 0
+        while self.fold % 2 == 0 and self.fold // 2 >= FOLD:  # 16 = 4 x 2 x 2, 14 = 7 x 2
+            self.fold, steps = self.fold // 2, steps + 1
         widths = [max(32, config.width >> (steps - i)) for i in range(steps + 1)]
         folded = 3 * self.fold**2
         down: list[nn.Module] = [nn.Conv2d(folded, widths[0], 3, padding=1)]
