@@ -40,7 +40,8 @@ class ViTConfig(ImageEncoderConfig):
         pool: Return ``pooled``: the class token where there is one, else the mean of the patches.
         layer_scale: Initial scale of every branch; None = none.
         dropout, drop_path: In training.
-        init: ``normal`` (0.02, more where the width is below 512, see ``start_std``; truncated) or ``clip`` (by width and depth, as CLIP's text tower).
+        init: ``normal`` (0.02, more where the width is below 512, see ``start_std``; truncated) or ``clip`` (by width
+            and depth, as CLIP's text tower).
     """
 
     patch_size: int = 16
