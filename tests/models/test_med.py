@@ -163,7 +163,7 @@ def test_soft_targets_ramp_over_two_of_twenty_epochs(blip: ZooModule) -> None:
 
 
 def test_every_negative_of_pretraining_can_be_drawn(blip: ZooModule) -> None:
-    """Off the diagonal no weight is zero in pre-training, however cold the softmax; retrieval does not add the floor."""
+    """Off the diagonal no weight is zero in pre-training, however cold the softmax; retrieval adds no floor."""
     rows = torch.eye(4)
     outputs = {"image_embeds": rows, "text_embeds": rows, "logit_scale": torch.tensor(1000.0).log()}
     own = torch.eye(4, dtype=torch.bool)
