@@ -28,6 +28,8 @@ SIZES: dict[str, Any] = {
     "text_rows": 16, "drop_path": 0.0,
 }  # fmt: skip
 
+PICTURE = {"image_size": 32, "patch_size": 8, "width": 32, "vocab_size": 64}
+
 
 def module_of(**changes: Any) -> Any:
     recipe = resolve("vlmo", values={"trunk": SIZES, **changes}, scale="tiny")
@@ -105,6 +107,36 @@ def test_a_step_computes_what_its_stage_reads_and_no_more(
     module.losses(batch)
     below_and_above = ["image:6", "image:6", "text:6", "text:6"]
     assert sorted(seen) == sorted([*below_and_above, "image:6:upper", "text:6:upper", "pair:18", "pair:6"])
+
+
+def test_three_stages_each_train_their_own_experts(batch: dict[str, Tensor]) -> None:
+    """vlmo-staged: image stage, text stage, pair stage; each leaves what it does not read as it was, bit by bit."""
+    recipe = resolve("vlmo-staged", values={"trunk": SIZES, "image_tokenizer": PICTURE}, scale="tiny")
+    module = build_module(recipe, 0)
+    shake(module.model)
+    assert [stage.name for stage in recipe.stages] == ["tokenizer", "image", "text", "pairs"]
+    assert isinstance(module.model, Match)
+    inside = {"image": ".ffn.1.", "text": ".ffn.0.", "pairs": ".ffn.2."}
+    for index, stage in enumerate(recipe.stages):
+        if stage.name == "tokenizer":
+            continue
+        module.set_stage(index)
+        before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+        optimizer = torch.optim.SGD([p for p in module.model.parameters() if p.requires_grad], lr=0.1)
+        torch.manual_seed(0)
+        loss, _ = module.losses(batch)
+        loss.backward()
+        optimizer.step()
+        module.zero_grad(set_to_none=True)
+        changed = {name for name, p in module.model.named_parameters() if not torch.equal(p, before[name])}
+        assert any(inside[stage.name] in name for name in changed)
+        if stage.name == "image":
+            assert any("attn.q.weight" in name for name in changed)
+            assert {"codes.weight", "trunk.stem.mask_token"} <= changed
+            assert not any(".ffn.0." in n or ".ffn.2." in n or n.startswith(("trunk.text", "words")) for n in changed)
+        if stage.name == "text":
+            assert not any("attn" in n or ".ffn.1." in n or n.startswith("trunk.stem") for n in changed)
+        assert not any(name.startswith("image_tokenizer") for name in changed)
 
 
 def test_each_contrast_has_its_own_temperature(batch: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@ image tokenizer whose codes are the images' words."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.models.autoencoder import reconstruct
-from zoo.models.experts import Experts, ExpertsConfig
+from zoo.models.experts import Experts, ExpertsConfig, MatchingExperts
 from zoo.models.lazy import LazyOutputs
 from zoo.models.mask_writing import WritesByMask
 from zoo.part import PartConfig, seeded
@@ -25,9 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedExpertsConfig(ExpertsConfig):
-    """As ``ExpertsConfig``, with BEiT-3's heads by default; ``codes`` is the tokenizer's number."""
+    """As ``ExpertsConfig``, with BEiT-3's heads by default; ``codes`` is the tokenizer's number.
+
+    Attributes:
+        writes: Offer captions by [MASK], which need learned positions (BEiT-3); without, there may be a matching head.
+    """
 
     slots: ClassVar[tuple[str, ...]] = ("trunk", "image_tokenizer")
+
+    writes: bool = True
 
     pair_contrast: bool = False
     match: bool = False
@@ -37,25 +44,26 @@ class MaskedExpertsConfig(ExpertsConfig):
         super().__post_init__()
         if self.codes:
             raise ValueError(f"codes = {self.codes}: the head over codes has the image tokenizer's number, leave it 0")
+        if self.writes and self.match:
+            raise ValueError("match = true needs writes = false: what writes captions by [MASK] has no matching head")
 
-    def build(self, parts: Mapping[str, tuple[str, PartConfig]], seed: int) -> MaskedExperts:
+    def build(self, parts: Mapping[str, tuple[str, PartConfig]], seed: int) -> CodedExperts:
         """Build the model; trunk, heads and tokenizer are drawn from their own streams of ``seed``.
 
         Raises:
             ConfigError: A trunk and a tokenizer that do not see the same patches, or augmentation of stored codes.
         """
         trunk = cast("MultiwayConfig", parts["trunk"][1])
-        return MaskedExperts(self, trunk, cast("ImageTokenizerConfig", parts["image_tokenizer"][1]), seed)
+        kind = MaskedExperts if self.writes else MatchingCodedExperts if self.match else CodedExperts
+        return kind(self, trunk, cast("ImageTokenizerConfig", parts["image_tokenizer"][1]), seed)
 
 
-class MaskedExperts(WritesByMask, Experts):
+class CodedExperts(Experts):
     """``trunk``, heads and ``image_tokenizer``.
 
     Beside the outputs of ``Experts`` there are ``image_codes`` [B, h*w], the tokenizer's (no gradient reaches it), and,
     where the tokenizer can be trained, what ``vq-reconstruction`` reads. Each is computed when an objective reads it.
     """
-
-    match = None  # type: ignore[assignment]  # there is no matching head, so that it is no capability
 
     def __init__(
         self,
@@ -65,7 +73,8 @@ class MaskedExperts(WritesByMask, Experts):
         seed: int,
     ) -> None:
         _check_same_patches(trunk_config, tokenizer_config)
-        own = dict(config.__dict__) | {"codes": tokenizer_config.vocab_size}
+        names = {f.name for f in dataclasses.fields(ExpertsConfig)}
+        own = {name: getattr(config, name) for name in names} | {"codes": tokenizer_config.vocab_size}
         super().__init__(ExpertsConfig(**own), trunk_config, seed)
         with seeded(seed, "image_tokenizer"):
             self.image_tokenizer: ImageTokenizer = tokenizer_config.build()
@@ -134,6 +143,14 @@ class MaskedExperts(WritesByMask, Experts):
             cells = self.trunk.grid[0] * self.trunk.grid[1]
             batch["image_codes"] = torch.zeros(batch_size, cells, dtype=torch.long, device=self.device)
         return batch
+
+
+class MaskedExperts(WritesByMask, CodedExperts):
+    """``CodedExperts`` that writes captions by [MASK] (BEiT-3)."""
+
+
+class MatchingCodedExperts(CodedExperts, MatchingExperts):
+    """``CodedExperts`` with a matching head (VLMo from its first stage on)."""
 
 
 def _check_same_patches(trunk: MultiwayConfig, tokenizer: ImageTokenizerConfig) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, WeightsError
 from zoo.layout import Layout, Segment, lay_out
-from zoo.nn import KVCache, PatchEmbedding, TokenEmbedding, Trunk, TrunkConfig
+from zoo.nn import KVCache, PatchEmbedding, TokenEmbedding, Trunk, TrunkConfig, start_std
 from zoo.nn.config import ROUTABLE
 from zoo.nn.positions import pair_relative_index
 from zoo.trunks.base import Rows, SharedTrunk, SharedTrunkConfig
@@ -48,8 +48,7 @@ class MultiwayConfig(SharedTrunkConfig):
         eps: Of every norm of the transformer.
         layer_scale: Initial scale of every branch of a trunk of 12 layers or more; a shallower one starts at
             layer_scale^(depth / 12), or its branches would add nothing to train from. None = no scales.
-        init_std: Of the matrices at the start; 0 = the published 0.02, which suits their widths, and width^-1/2 where
-            the trunk is narrower than 512.
+        init_std: Of the matrices at the start; 0 = the published 0.02 for published widths (``zoo.nn.start_std``).
         dropout: On embedded text.
         drop_path: Of the last layer, rising from 0.
     """
@@ -115,7 +114,7 @@ class MultiwayConfig(SharedTrunkConfig):
             sub_norm=self.sub_norm,
             rel_rows=(2 * side - 1) ** 2 + 3 + 2 + 2 * self.rows if self.relative else 0,
             layer_scale=None if self.layer_scale is None else self.layer_scale ** min(1.0, self.depth / 12),
-            init_std=self.init_std or (0.02 if self.width >= 512 else self.width**-0.5),
+            init_std=self.init_std or start_std(self.width),
             drop_path=self.drop_path,
             routed=tuple(self.routed),
             routes=tables if self.pair_layers else (0, 1, 0, 1),
