@@ -215,6 +215,11 @@ def test_dual_encoder_needs_no_pairwise_pass(calls: Callable[[Any], list[str]]) 
         pixels = module.model.processor.encode_images(images[:3])
         logits = module.model.match_logits(pixels, rows["input_ids"], rows["attention_mask"])
     torch.testing.assert_close(judged, logits[:, 1] - logits[:, 0], atol=1e-5, rtol=1e-4)
+    pairs = torch.tensor([[0, 2], [4, 1], [2, 2], [0, 0]])
+    many = module.match_pairs(images, texts, pairs)
+    one_by_one = module.match([images[i] for i, _ in pairs.tolist()], [texts[j] for _, j in pairs.tolist()])
+    torch.testing.assert_close(many, one_by_one, atol=1e-5, rtol=1e-4)
+    assert many.std() > 1e-3
 
 
 def test_heads_that_are_not_there() -> None:

@@ -317,3 +317,24 @@ class MatchingExperts(Experts):
             return logits[:, 1] - logits[:, 0]
 
         return self._chunked(list(zip(images, texts, strict=True)), judged, torch.empty(0, device=self.device))
+
+    def match_pairs(self, images: Sequence[ImageLike], texts: Sequence[str], pairs: Tensor) -> Tensor:
+        """The logit of "match" of many pairs [P, 2] of (image, text) rows: [P] float32, equal to ``match`` of each.
+
+        Every image is prepared and embedded once; reading it with a text is a pass for each pair.
+        """
+        seen: list[Tensor] = []
+
+        def look(chunk: Sequence[ImageLike]) -> Tensor:
+            seen.append(self.trunk.embed_image(self._pixels(chunk)))
+            return seen[-1][:, 0, 0]
+
+        def judged(chunk: Sequence[tuple[int, int]]) -> Tensor:
+            rows = torch.tensor([image for image, _ in chunk], device=self.device)
+            ids, mask = self._ids([texts[text] for _, text in chunk])
+            logits = self.matching_logits(self.fuse(Features(torch.cat(seen)[rows]), ids, mask)).float()
+            return logits[:, 1] - logits[:, 0]
+
+        empty = torch.empty(0, device=self.device)
+        self._chunked(images, look, empty)
+        return self._chunked([(int(image), int(text)) for image, text in pairs.tolist()], judged, empty)
