@@ -197,6 +197,16 @@ def test_outputs_keep_the_modes_of_their_forward_pass(batch: dict[str, Tensor]) 
     assert mixed["image_tokens"].dtype == torch.bfloat16 or not torch.equal(mixed["text_states"], plain["text_states"])
 
 
+def test_compiling_reaches_the_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``forward`` only promises its outputs, so that compiling it would compile nothing."""
+    model = module_of().model
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(model.trunk, "compile", lambda **options: asked.append(options))
+    model.compile(backend="eager")
+    assert asked == [{"backend": "eager"}]
+    assert model._compiled_call_impl is None
+
+
 def test_dual_encoder_needs_no_pairwise_pass(calls: Callable[[Any], list[str]]) -> None:
     """N + M items give the N x M matrix; matching reads every pair."""
     module = module_of()

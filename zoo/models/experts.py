@@ -262,6 +262,10 @@ class Experts(EmbedsPairs, Model):
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the trunk, as ``nn.Module.compile``: ``forward`` itself computes nothing yet."""
+        self.trunk.compile(*args, **options)
+
     def parts(self) -> dict[str, nn.Module]:
         """The trunk with its embeddings, and the heads."""
         return dict(self.named_children())
