@@ -125,7 +125,8 @@ def test_the_decoder_ignores_what_comes_later_and_the_encoder_does_not(blip: Zoo
         a, b = model(data), model(changed)
         torch.testing.assert_close(a["hidden"][:, :3], b["hidden"][:, :3])
         assert not torch.allclose(a["hidden"][:, 3], b["hidden"][:, 3])
-        assert not torch.allclose(a["text_tokens"][:, 0], b["text_tokens"][:, 0])
+        alone = [model.encode(d)["text_tokens"][:, 0] for d in (data, changed)]
+        assert not torch.allclose(*alone)
 
 
 def test_the_caption_loss_is_smoothed_shifted_and_ignores_pads(blip: ZooModule) -> None:
@@ -191,6 +192,25 @@ def test_negatives_are_read_again_from_their_ids(blip: ZooModule, monkeypatch: p
     assert seen[0].shape == (12, 7)
     assert torch.equal(seen[0][8:], data["input_ids"][[3, 0, 1, 2]])
     assert torch.equal(read[-1], model.text_encoder.embed(model.text_encoder.reading(seen[0])))
+
+
+def test_texts_that_share_an_image_read_it_as_if_each_had_its_own(blip: ZooModule) -> None:
+    model: Any = blip.model.eval()
+    data = batch()
+    tokens = model.encoder(data["pixel_values"]).tokens
+    rows = torch.tensor([2, 0, 2, 1])
+    ids, mask = data["input_ids"], data["attention_mask"]
+    shared = model.fuse(Features(tokens), ids, mask, rows=rows).tokens
+    own = model.fuse(Features(tokens[rows]), ids, mask).tokens
+    torch.testing.assert_close(shared, own)
+    weight = model.text_encoder.trunk.layers[0].cross.k.weight
+    for result in (shared, own):
+        result.square().sum().backward(retain_graph=True)
+    assert weight.grad is not None
+    both = weight.grad.clone()
+    weight.grad = None
+    own.square().sum().backward()
+    torch.testing.assert_close(both, 2 * weight.grad, atol=1e-4, rtol=1e-4)
 
 
 class _Spy(nn.Module):

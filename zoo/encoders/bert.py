@@ -144,6 +144,7 @@ class Bert(Encoder):
         mask: Tensor | None = None,
         *,
         context: Tensor | None = None,
+        context_rows: Tensor | None = None,
         context_mask: Tensor | None = None,
         states: Tensor | None = None,
     ) -> Features:
@@ -152,7 +153,8 @@ class Bert(Encoder):
         Args:
             mask: [B, T], 1 = real.
             context: [B, N, context_width] an image's tokens; without them only the text layers run.
-            context_mask: [B, N], 1 = real.
+            context_rows: [B] int64, the row of ``context`` that each text reads, by default its own.
+            context_mask: [B, N], 1 = real, for each text.
             states: [B, T, width], what this encoder returned for the text alone, from where fusion goes on; needs a
                 ``split`` stack.
 
@@ -163,17 +165,20 @@ class Bert(Encoder):
             ConfigError: A context for an encoder built without ``context_width``, or more tokens than positions.
         """
         layout = text_layout(x, mask)
+        reading: dict[str, Any] = {
+            "context": context, "context_rows": context_rows, "context_mask": context_mask,
+        }  # fmt: skip
         if context is None:
             tokens = self.trunk(self.embed(x), layout, layers=slice(0, self.config.text_depth))
         elif self.context_width is None:
             raise ConfigError("this text encoder reads text alone: build it with context_width to fuse images into it")
         elif states is None:
-            tokens = self.trunk(self.embed(x), layout, context=context, context_mask=context_mask)
+            tokens = self.trunk(self.embed(x), layout, **reading)
         else:
             if not self.split:
                 raise ConfigError("layers that text alone goes through also fuse: give token ids, not text states")
             layers = slice(self.config.text_depth, None)
-            tokens = self.trunk(states, layout, context=context, context_mask=context_mask, layers=layers)
+            tokens = self.trunk(states, layout, **reading, layers=layers)
         tokens = cast(Tensor, tokens)
         return Features(tokens, None if mask is None else mask.bool(), tokens[:, 0])
 

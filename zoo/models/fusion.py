@@ -78,6 +78,7 @@ class FusionConfig(WiringConfig):
 class Fusion(EmbedsPairs, Model):
     """``encoder``, ``text_encoder``, ``image_projection``, ``text_projection``, ``temperature``, ``matching_head``."""
 
+    shares_images: ClassVar[bool] = True  # ``fuse`` takes ``rows``
     provides: ClassVar[frozenset[str]] = frozenset(
         {"image_embeds", "text_embeds", "logit_scale", "image_tokens", "text_tokens"}
     )
@@ -163,17 +164,21 @@ class Fusion(EmbedsPairs, Model):
         attention_mask: Tensor | None = None,
         *,
         text_tokens: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Features:
         """Let a text read an image: ``tokens`` [B, T, D], ``pooled`` the first of them.
 
         Args:
             image: ``tokens`` [B, N, D], what ``encode`` calls ``image_tokens``.
             text_tokens: [B, T, D], what ``encode`` made of the same text; a stack that can goes on from there.
+            rows: [B] int64, which of the images each text reads, by default its own; images that several texts read
+                need then be given and projected once.
         """
         states = text_tokens if self.text_encoder.split else None
+        mask = image.mask if image.mask is None or rows is None else image.mask[rows]
         ids = self.text_encoder.reading(input_ids)
         fused: Features = self.text_encoder(
-            ids, attention_mask, context=image.tokens, context_mask=image.mask, states=states
+            ids, attention_mask, context=image.tokens, context_rows=rows, context_mask=mask, states=states
         )
         return fused
 

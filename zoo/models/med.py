@@ -51,7 +51,8 @@ class MED(WritesGrounded, Fusion):  # type: ignore[misc, override]
     being written.
     """
 
-    provides: ClassVar[frozenset[str]] = Fusion.provides | {"hidden", "targets"}
+    # fusion starts from ids again, so that the states of the text alone are of no use to anybody
+    provides: ClassVar[frozenset[str]] = Fusion.provides - {"text_tokens"} | {"hidden", "targets"}
 
     def __init__(
         self,
@@ -72,7 +73,9 @@ class MED(WritesGrounded, Fusion):  # type: ignore[misc, override]
         are computed when an objective asks for them."""
         outputs = super().forward(batch)
         ids, mask = batch["input_ids"], batch.get("attention_mask")
-        makers: dict[str, Any] = {name: (lambda made, value=value: value) for name, value in outputs.items()}
+        makers: dict[str, Any] = {
+            name: (lambda made, value=value: value) for name, value in outputs.items() if name in self.provides
+        }
 
         def hidden(made: LazyOutputs) -> Tensor:
             return self.decode(self.started(ids), mask, made["image_tokens"])

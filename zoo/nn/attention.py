@@ -31,6 +31,7 @@ class Reading:
         turn: rotary cos and sin, or None.
         relative_index: rows of the relative position table, or None.
         context: ``[B, N, C]`` what cross-attention reads, or None.
+        context_rows: ``[B]`` int64, the context that each row of the batch reads where rows share some; None = its own.
         context_mask: additive, like ``mask``, for cross-attention.
         cross_rows: which rows cross-attend: True all, False none, static spans of them, or ``[B, T]`` bool.
         cache: keys and values of earlier rows, or None.
@@ -41,6 +42,7 @@ class Reading:
     turn: Rotary | None = None
     relative_index: Tensor | None = None
     context: Tensor | None = None
+    context_rows: Tensor | None = None
     context_mask: Tensor | None = None
     cross_rows: bool | tuple[tuple[int, int], ...] | Tensor = True
     cache: KVCache | None = None
@@ -135,6 +137,8 @@ class Attention(nn.Module):
         if self.context_norm is not None:
             context = self.context_norm(context)
         pair = self._heads(self.k(context), self.kv_heads), self._heads(self.v(context), self.kv_heads)
+        if reading.context_rows is not None:  # keys and values of a context are computed once, whoever reads it
+            pair = pair[0].index_select(0, reading.context_rows), pair[1].index_select(0, reading.context_rows)
         if reading.cache is not None:
             reading.cache.cross[self.layer] = pair
         return pair

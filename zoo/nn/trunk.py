@@ -49,6 +49,7 @@ class Trunk(nn.Module):
         *,
         positions: Tensor | None = None,
         context: Tensor | None = None,
+        context_rows: Tensor | None = None,
         context_mask: Tensor | None = None,
         relative_index: Tensor | None = None,
         cache: KVCache | None = None,
@@ -65,6 +66,8 @@ class Trunk(nn.Module):
             positions: ids of the rows of ``x`` for rotary, ``[B, T]`` or ``[B, axes, T]``; the layout's by default.
             context: ``[B, N, C]`` what cross-attention reads; without it (and none cached) cross-attention is skipped
                 with its residual and norm, as ALBEF, BLIP and the Q-Former do for text alone.
+            context_rows: ``[B]`` int64: row b of ``x`` reads ``context[context_rows[b]]``, whose keys and values are
+                then computed once however many rows read it. Row b reads ``context[b]`` by default.
             context_mask: ``[B, N]`` bool, True = real, or ``[B, T, N]`` where rows may read different parts (packing).
             relative_index: ``[T, K]`` or ``[B, T, K]`` rows of the relative position table.
             cache: keys and values of earlier rows; the new ones are added.
@@ -81,7 +84,7 @@ class Trunk(nn.Module):
         """
         c = self.config
         rows = x.shape[1]
-        reading = Reading(context=context, cache=cache, relative_index=relative_index)
+        reading = Reading(context=context, context_rows=context_rows, cache=cache, relative_index=relative_index)
         reading.mask, reading.causal = self._masks(x, layout, cache, mask)
         if c.rope:
             reading.turn = self._turn(x, layout, cache, positions)

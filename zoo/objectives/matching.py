@@ -61,8 +61,9 @@ class Matching(Objective):
     with a drawn text.
 
     It calls ``model.fuse(Features(image tokens), input_ids, attention_mask)``, with ``text_tokens`` where the model's
-    outputs have them, and ``model.matching_logits(fused)`` [N, 2]. The draws come from torch's global stream, unless
-    the batch brings them: ``negative_images`` and ``negative_texts`` [B] int64, rows of the gathered batch.
+    outputs have them and with ``rows`` where it ``shares_images``, and ``model.matching_logits(fused)`` [N, 2]. The
+    draws come from torch's global stream, unless the batch brings them: ``negative_images`` and ``negative_texts`` [B]
+    int64, rows of the gathered batch.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"image_embeds", "text_embeds", "logit_scale", "image_tokens"})
@@ -90,9 +91,13 @@ class Matching(Objective):
         pool, every = self._everywhere(pool)
         at_text = [name for name in pool if name != "images"]
         joined = {name: torch.cat([pool[name], pool[name], every[name][other_text]]) for name in at_text}  # [3B, L, ..]
-        seen = torch.cat([images, every["images"][other_image], images])  # [3B, N, D]
-        states = {"text_tokens": joined["texts"]} if "texts" in joined else {}
-        logits = model.matching_logits(model.fuse(Features(seen), joined["ids"], joined["mask"], **states))  # [3B, 2]
+        more = {"text_tokens": joined["texts"]} if "texts" in joined else {}
+        if every is pool and getattr(model, "shares_images", False):  # three texts read one image, projected once
+            own = torch.arange(len(images), device=images.device)
+            seen, more["rows"] = images, torch.cat([own, other_image, own])
+        else:
+            seen = torch.cat([images, every["images"][other_image], images])  # [3B, N, D]
+        logits = model.matching_logits(model.fuse(Features(seen), joined["ids"], joined["mask"], **more))  # [3B, 2]
         with full_precision(logits):
             labels = torch.cat([torch.ones_like(other_image), *(torch.where(found, 0, NONE) for _ in range(2))])
             loss = F.cross_entropy(logits.float(), labels, ignore_index=NONE)
