@@ -192,6 +192,7 @@ _BEIT3: dict[str, Any] = {  # as released: every unit twice, no pair experts (un
     "tokenizer": "hf:beit3", "vocab_size": 64010, "context_length": 64,
 }  # fmt: skip
 _BEIT3_LARGE: dict[str, Any] = {**_BEIT3, "width": 1024, "depth": 24, "heads": 16, "ffn": 4096}
+_BEIT3_480: dict[str, Any] = {**_BEIT3, "image_size": 480}
 _BEIT3_GIANT: dict[str, Any] = {  # as in the paper, table 2: attention shared, pair experts in the last 3 layers
     **_BEIT3, "width": 1408, "depth": 40, "heads": 16, "ffn": 6144, "patch_size": 14,
     "routed": ["ffn_norm", "ffn"], "pair_layers": 3,
@@ -204,6 +205,8 @@ TRUNKS = tuple(
         ("vlmo-base-plus", _VLMO_PLUS, "VLMo base+: 24 layers of width 544, pair experts in the last 3"),
         ("vlmo-large", _VLMO_LARGE, "VLMo large: 24 layers of width 1024, pair experts in the last 3"),
         ("beit3-base", _BEIT3, "BEiT-3 base as released: 12 layers of width 768, every unit of its own for each kind"),
+        ("beit3-base-384", {**_BEIT3, "image_size": 384}, "BEiT-3 base for 384 px, as its retrieval files"),
+        ("beit3-base-480", _BEIT3_480, "BEiT-3 base for 480 px, as its caption and answer files"),
         ("beit3-large", _BEIT3_LARGE, "BEiT-3 large as released: 24 layers of width 1024"),
         ("beit3-giant", _BEIT3_GIANT, "BEiT-3 of the paper: 40 layers of width 1408, shared attention, 1.9 B weights"),
     )
@@ -239,6 +242,13 @@ IMAGE_TOKENIZERS = (
     ),
     Component(
         kind="image_tokenizer",
+        name="vq-480",
+        ref="zoo.tokenizers.vq:VQConfig",
+        preset={"image_size": 480},
+        summary="vq for images of 480 pixels, 30 x 30 codes an image",
+    ),
+    Component(
+        kind="image_tokenizer",
         name="vq-14",
         ref="zoo.tokenizers.vq:VQConfig",
         preset={"patch_size": 14},
@@ -264,6 +274,18 @@ MASKED_EXPERTS = (
         name="masked-data",
         ref="zoo.objectives.masked_data:MaskedDataConfig",
         summary="masked words and image codes, alone and in pairs, one loss (BEiT-3)",
+    ),
+    Component(
+        kind="wiring",
+        name="labelled",
+        ref="zoo.models.labelled:LabelledConfig",
+        summary="a trunk with one head over labels: fixed answers, statements about two images, classes",
+    ),
+    Component(
+        kind="objective",
+        name="labels",
+        ref="zoo.objectives.labels:LabelsConfig",
+        summary="cross-entropy of one right label, or binary cross-entropy of any number of them",
     ),
     Component(
         kind="objective",

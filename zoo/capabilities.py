@@ -89,6 +89,15 @@ class Match(Protocol):
 
 
 @runtime_checkable
+class Classify(Protocol):
+    """Judges which of a fixed list of labels (answers, classes) an image has, or an image and a question."""
+
+    def classify(self, images: Sequence[Any], texts: Sequence[str] | None = None) -> Tensor:
+        """Return [N, C], a logit for every label."""
+        ...
+
+
+@runtime_checkable
 class EncodeImages(Protocol):
     """Turns images into discrete codes."""
 
@@ -119,6 +128,7 @@ CAPABILITIES: dict[str, type] = {
     "score_candidates": ScoreTexts,
     "generate_text": GenerateText,
     "match": Match,
+    "classify": Classify,
     "image_codes": EncodeImages,
     "reconstruct_images": ReconstructImages,
 }

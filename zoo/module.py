@@ -216,6 +216,6 @@ FORWARDED = frozenset(
         "score_text", "score_candidates",
         "generate_images",
         "inpaint", "segment", "generate_interleaved", "image_features", "text_features", "text_logits", "token_logits",
-        "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",
+        "classify", "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",
     }
 )  # fmt: skip

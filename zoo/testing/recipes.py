@@ -123,6 +123,7 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
         "score_candidates": lambda rows: module.score_candidates(images[rows], [TEXTS] * len(images[rows])),
         "generate_text": lambda rows: module.generate_text(images[rows], max_new_tokens=4),
         "match": lambda rows: module.match(images[rows], TEXTS[rows]),
+        "classify": lambda rows: module.classify(images[rows], TEXTS[rows]),
         "image_codes": lambda rows: module.image_codes(images[rows]),
         "reconstruct_images": lambda rows: module.reconstruct_images(images[rows]),
     }

@@ -45,6 +45,13 @@ FILES |= dict.fromkeys(
     "zoo.weights.formats.blip:from_state",
 )
 FILES |= dict.fromkeys(("albef", "albef-retrieval", "albef-vqa"), "zoo.weights.formats.albef:from_state")
+FILES |= dict.fromkeys(
+    (
+        *("beit3", "beit3-large", "beit3-captioning", "beit3-retrieval"),
+        *("beit3-vqa", "beit3-nlvr2", "beit3-in1k"),
+    ),
+    "zoo.weights.formats.beit3:from_state",
+)
 """Recipe name -> "module:function"."""
 
 

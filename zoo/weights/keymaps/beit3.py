@@ -65,3 +65,28 @@ def trunk_config(*, width: int, depth: int, heads: int, ffn: int, drop_path: flo
         routed=("attn_norm", "qkv", "out", "ffn_norm", "ffn", "final_norm"),
         routes=(0, 1),
     )
+
+
+_CONTRAST = (
+    rename("vision_head.{p}", "contrast.image.{p}"),
+    rename("language_head.{p}", "contrast.text.{p}"),
+    rename("logit_scale", "logit_scale"),
+)
+_WORDS = (rename("mlm_head.{p}", "words.decoder.{p}"), rename("mim_head.{p}", "codes.{p}"))
+TASKS: dict[str, KeyMap] = {
+    "masked": KeyMap(*_CONTRAST, *_WORDS),
+    "pair": KeyMap(
+        rename("pooler.norm.{p}", "head.norm.{p}"),
+        rename("pooler.dense.{p}", "head.dense.{p}"),
+        rename("head.{i}.{p}", "head.out.{i}.{p}"),
+    ),
+    "images": KeyMap(rename("head.{m}.{p}", "head.{m}.{p}")),
+    "image": KeyMap(rename("fc_norm.{p}", "head.norm.{p}"), rename("head.{p}", "head.out.{p}")),
+}
+"""What a model reads (``masked``: pre-training, retrieval and captions) -> where the heads of its file go."""
+
+
+def model_keymap(task: str) -> KeyMap:
+    """Return the map of a released file to the zoo's models, by what their head reads (see ``TASKS``)."""
+    inner = TRUNK.under("beit3.encoder.", "trunk.trunk.") + STEM.under("beit3.", "trunk.stem.")
+    return inner + TEXT.under("beit3.", "trunk.text.") + TASKS[task]
