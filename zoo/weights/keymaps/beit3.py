@@ -80,7 +80,7 @@ TASKS: dict[str, KeyMap] = {
         rename("pooler.dense.{p}", "head.dense.{p}"),
         rename("head.{i}.{p}", "head.out.{i}.{p}"),
     ),
-    "images": KeyMap(rename("head.{m}.{p}", "head.{m}.{p}")),
+    "images": KeyMap(rename("head.{unit}.{p}", "head.{unit}.{p}")),
     "image": KeyMap(rename("fc_norm.{p}", "head.norm.{p}"), rename("head.{p}", "head.out.{p}")),
 }
 """What a model reads (``masked``: pre-training, retrieval and captions) -> where the heads of its file go."""
