@@ -153,6 +153,21 @@ def test_captions_are_those_of_the_release(g: Any, load: Callable[..., Any], mon
         assert [i for i in row if i not in special(g).values()] == words
 
 
+def test_beams_of_the_release(g: Any, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    c = g.config
+    model = load("captioning").model
+    monkeypatch.setattr(MaskedExperts, "special_ids", property(lambda self: special(g)))
+    for beams in (1, 3):
+        captions, scores = model.captions_as_released(
+            g.inputs["image"], torch.full((c["batch"], 1), c["bos_id"]), beams=beams, max_length=c["max_len"] - 1
+        )
+        for words, wanted in zip(captions, g.outputs[f"captioning/beam{beams}_ids"].tolist(), strict=True):
+            row = [c["bos_id"], *words, c["mask_id"], c["sep_id"]]
+            assert row + [c["pad_id"]] * (c["max_len"] - len(row)) == wanted
+        if beams == 3:
+            torch.testing.assert_close(scores, g.outputs["captioning/beam3_logprob"], **TOLERANCE)
+
+
 @torch.no_grad()
 def test_cached_captions_equal_the_whole_sequence_read_anew(
     g: Any, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from zoo.layout import ALL, NEVER, PAST, Layout, TokenBatch
 from zoo.models.experts import WordHead
 from zoo.models.pairs import EmbedsPairs
 from zoo.nn import KVCache
+from zoo.sampling.mask_beam import search_as_released
 from zoo.sampling.text import Decoding, streams, until_stop, write
 from zoo.trunks.multiway import IMAGE_IN_PAIR, TEXT_IN_PAIR, Multiway
 
@@ -141,6 +142,30 @@ class WritesByMask(EmbedsPairs):
             pad_id=special["pad"],
             generators=generators,
             prompt_ids=F.pad(input_ids, (image.shape[1], 0), value=special["pad"]),
+        )
+
+    @torch.inference_mode()
+    def captions_as_released(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        *,
+        beams: int = 3,
+        length_penalty: float = 0.6,
+        max_length: int = 32,
+    ) -> tuple[list[list[int]], Tensor]:
+        """Captions and scores of the released evaluation, its counting of lengths included; see
+        ``zoo.sampling.mask_beam``. ``generate_text(beams=3)`` searches by the zoo's own rules."""
+        decoder = self.mask_decoder()
+        image = self.trunk.embed_image(pixel_values)
+        return search_as_released(
+            decoder,
+            torch.cat([image, decoder.embed(input_ids)], 1),
+            self._caption_layout(input_ids.shape[1], input_ids.device),
+            beams=beams,
+            length_penalty=length_penalty,
+            max_length=max_length,
+            eos_id=self.special_ids["eos"],
         )
 
     def _caption_layout(self, text: int, device: torch.device) -> Layout:
