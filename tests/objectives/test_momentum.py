@@ -345,3 +345,15 @@ def test_masked_loss_is_the_blend_at_the_masked_places() -> None:
     hard, soft = F.cross_entropy(logits[0], labels[:3, 1]), F.cross_entropy(logits[0], logits[1].softmax(-1))
     torch.testing.assert_close(loss, 0.6 * hard + 0.4 * soft)
     assert int(report["words"]) == 3
+
+
+def test_wiring_shows_the_copy_as_what_it_is() -> None:
+    from zoo.compare.wiring import part_rows
+
+    rows = {row.path: row for row in part_rows(made())}
+    assert rows["momentum"].state == "frozen"
+    assert rows["momentum"].parameters == sum(rows[p].parameters for p in rows if p not in _OWN)
+    assert rows["other"].parameters == 1  # the temperature
+
+
+_OWN = ("momentum", "matching_head", "other")

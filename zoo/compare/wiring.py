@@ -39,6 +39,10 @@ def part_rows(module: ZooModule) -> list[PartRow]:
         seen.update(id(p) for p in parameters)
         name = recipe.parts[path][0] if path in recipe.parts else type(part).__name__
         rows.append(PartRow(path, name, _size(parameters), _size([p for p in parameters if p.requires_grad])))
+    if module.momentum is not None:
+        copies = list(module.momentum.parameters())
+        seen.update(id(p) for p in copies)
+        rows.append(PartRow("momentum", "moving average", _size(copies), 0))
     rest = [p for p in module.parameters() if id(p) not in seen]
     if rest:
         rows.append(PartRow("other", "scalars and heads", _size(rest), _size([p for p in rest if p.requires_grad])))
