@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -260,3 +261,33 @@ def test_items_hold_what_the_reranked_metrics_are_means_of(model: Fusion) -> Non
         for k in (1, 5, 10):
             mean = sum(item[f"{way}_hits_{k}_reranked"] for item in result.items) / 6
             assert result.metrics[f"{way}_r{k}_reranked"] == pytest.approx(mean)
+
+
+def test_long_texts_do_not_slow_the_short_ones(model: Fusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of unequal texts is read in two parts, with the same states and gradients."""
+    from zoo.encoders import bert
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.cat([torch.randint(3, 7, (34,), generator=generator), torch.tensor([20, 18])])
+    mask = torch.arange(20) < lengths[torch.randperm(36, generator=generator)][:, None]
+    ids = torch.randint(4, 1000, (36, 20), generator=generator).where(mask, 0)
+    image = torch.randn(9, 17, 128, generator=generator).double()
+    reader = copy.deepcopy(model.text_encoder).double()
+    rows = torch.randint(9, (36,), generator=generator)
+    assert bert.short_texts(mask) == 6
+    assert bert.short_texts(mask[:8]) is None
+    assert bert.short_texts(mask.flip(1)) is None  # pads in front are another matter
+    weights = torch.randn(36, 20, 128, generator=generator) * mask[..., None]
+    found = []
+    for cut in (bert.short_texts, lambda mask: None):
+        monkeypatch.setattr(bert, "short_texts", cut)
+        reader.zero_grad()
+        alone = reader(ids, mask)
+        fused = reader(ids, mask, context=image, context_rows=rows)
+        onward = reader(ids, mask, context=image[rows], states=alone.tokens)
+        ((alone.tokens + fused.tokens + onward.tokens) * weights).sum().backward()
+        gradients = [p.grad.clone() for p in reader.parameters() if p.grad is not None]
+        found.append([*(f.tokens[mask] for f in (alone, fused, onward)), fused.pooled, *gradients])
+    assert len(found[0]) > 40
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-9, rtol=1e-9)

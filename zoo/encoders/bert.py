@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.encoders.base import Encoder, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, lay_out
+from zoo.layout_facts import look_at_padding
 from zoo.nn import MLMHead, TokenEmbedding, Trunk, TrunkConfig, start_std
 from zoo.part import Features
 
@@ -164,6 +166,9 @@ class Bert(Encoder):
         Raises:
             ConfigError: A context for an encoder built without ``context_width``, or more tokens than positions.
         """
+        cut = short_texts(mask)
+        if cut is not None:
+            return self._in_two(x, cast(Tensor, mask), cut, context, context_rows, context_mask, states)
         layout = text_layout(x, mask)
         reading: dict[str, Any] = {
             "context": context, "context_rows": context_rows, "context_mask": context_mask,
@@ -182,12 +187,54 @@ class Bert(Encoder):
         tokens = cast(Tensor, tokens)
         return Features(tokens, None if mask is None else mask.bool(), tokens[:, 0])
 
+    def _in_two(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        cut: int,
+        context: Tensor | None,
+        context_rows: Tensor | None,
+        context_mask: Tensor | None,
+        states: Tensor | None,
+    ) -> Features:
+        """``forward`` of the texts of at most ``cut`` tokens and of the longer ones, each no longer than need be."""
+        long = mask[:, cut:].any(1)
+        order = torch.cat([(~long).nonzero()[:, 0], long.nonzero()[:, 0]])
+        tokens = []
+        for rows, length in ((order[: int((~long).sum())], cut), (order[int((~long).sum()) :], x.shape[1])):
+            own = context[rows] if context is not None and context_rows is None else context
+            part = self(
+                x[rows, :length],
+                mask[rows, :length],
+                context=own,
+                context_rows=None if context_rows is None else context_rows[rows],
+                context_mask=None if context_mask is None else context_mask[rows],
+                states=None if states is None else states[rows, :length],
+            )
+            tokens.append(F.pad(part.tokens, (0, 0, 0, x.shape[1] - length)))
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        together = torch.cat(tokens)[back]  # [B, T, D], zero on the pads left out
+        return Features(together, mask.bool(), together[:, 0])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Words [..., vocab_size] that hidden states [..., width] predict; ConfigError without ``lm_head``."""
         if self.lm_head is None:
             raise ConfigError("this text encoder predicts no words: set text_encoder.lm_head=true")
         logits: Tensor = self.lm_head(hidden, self.embed.tokens.weight)
         return logits
+
+
+def short_texts(mask: Tensor | None) -> int | None:
+    """A length that cuts a batch [B, T] of unequal texts in two so that reading each part by itself saves a quarter of
+    the tokens; None where none does, or where looking at the mask would make an accelerator wait."""
+    if mask is None or mask.device.type != "cpu" or len(mask) < 32 or look_at_padding(mask.bool()) != "right":
+        return None
+    lengths = mask.sum(1).sort().values
+    longest = int(lengths[-1])
+    cost = torch.arange(1, len(mask) + 1) * lengths + torch.arange(len(mask) - 1, -1, -1) * longest
+    best = int(cost.argmin())
+    cut = int(lengths[best])
+    return cut if longest > cut and int(cost[best]) < 0.75 * mask.shape[1] * len(mask) else None
 
 
 def text_layout(ids: Tensor, mask: Tensor | None) -> Layout:
