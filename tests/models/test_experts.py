@@ -154,7 +154,7 @@ def test_each_contrast_has_its_own_temperature(batch: dict[str, Tensor]) -> None
         assert foreign is None
         own.data.fill_(9.0)
         module.objectives[name].after_step(model)
-        assert float(own) == 9.0  # the release has its clamp commented out
+        assert float(own.detach()) == 9.0  # the release has its clamp commented out
     assert not torch.equal(outputs["image_embeds"], outputs["pair_image_embeds"])
 
 
@@ -224,7 +224,8 @@ def test_dual_encoder_needs_no_pairwise_pass(calls: Callable[[Any], list[str]]) 
     with torch.no_grad():
         pixels = module.model.processor.encode_images(images[:3])
         logits = module.model.match_logits(pixels, rows["input_ids"], rows["attention_mask"])
-    torch.testing.assert_close(judged, logits[:, 1] - logits[:, 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(judged, logits[:, 1], atol=1e-5, rtol=1e-4)
+    assert module.model.rerank_similarity  # as the release adds it
     pairs = torch.tensor([[0, 2], [4, 1], [2, 2], [0, 0]])
     many = module.match_pairs(images, texts, pairs)
     one_by_one = module.match([images[i] for i, _ in pairs.tolist()], [texts[j] for _, j in pairs.tolist()])
@@ -366,55 +367,3 @@ def test_saved_and_loaded_again(weights: dict[str, Tensor], tmp_path: Path) -> N
     with torch.no_grad():
         a, b = (F.normalize(m.image_features(pixels), dim=-1) for m in (module, again))
     assert torch.equal(a, b)
-
-
-# -- several ranks -----------------------------------------------------------------------------------------------------
-
-IMAGE_OF, TEXT_OF = [3, 5, 4, 0, 2, 1], [4, 3, 0, 5, 1, 2]
-"""Negatives of a batch of six in two ranks of three, most of them the other rank's."""
-
-
-def matching_loss(module: Any, batch: dict[str, Tensor], rows: slice) -> Tensor:
-    longest = int(batch["attention_mask"][rows].sum(1).max())  # ranks pad to lengths of their own
-    own = {name: t[rows] if t.ndim == 4 else t[rows, :longest] for name, t in batch.items()}
-    own |= {"negative_images": torch.tensor(IMAGE_OF)[rows], "negative_texts": torch.tensor(TEXT_OF)[rows]}
-    loss, _ = module.objectives["matching"](module.model, own, module.model(own))
-    return loss
-
-
-def one_rank(rank: int, folder: str, batch: dict[str, Tensor]) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    module = module_of()
-    module.set_stage(1)
-    loss = matching_loss(module, batch, slice(3 * rank, 3 * rank + 3))
-    loss.backward()
-    gradient = module.model.trunk.stem.patch.weight.grad
-    weights, _ = module.objectives["matching"].weights(
-        {k: v[3 * rank : 3 * rank + 3] for k, v in batch.items()},
-        module.model({k: v[3 * rank : 3 * rank + 3] for k, v in batch.items()}),
-    )
-    torch.save([loss.detach(), gradient, weights], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_negatives_come_from_every_rank(batch: dict[str, Tensor], tmp_path: Path) -> None:
-    """Two ranks learn what one process with the whole batch does."""
-    import torch.multiprocessing as mp
-
-    module = module_of()
-    module.set_stage(1)
-    whole = matching_loss(module, batch, slice(0, 6))
-    whole.backward()
-    mp.spawn(one_rank, (str(tmp_path), batch), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    torch.testing.assert_close((ranks[0][0] + ranks[1][0]) / 2, whole.detach(), atol=1e-5, rtol=1e-5)
-    gradient = (ranks[0][1] + ranks[1][1]) / 2
-    torch.testing.assert_close(gradient, module.model.trunk.stem.patch.weight.grad, atol=1e-5, rtol=1e-4)
-    for rank, (_, _, weights) in enumerate(ranks):
-        assert weights.shape == (3, 6)
-        own = weights[:, 3 * rank : 3 * rank + 3].diagonal()
-        assert torch.equal(own, torch.zeros(3))
-        assert (weights > 0).sum() == 15

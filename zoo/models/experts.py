@@ -20,6 +20,7 @@ from zoo.layout import Layout
 from zoo.models.base import Model
 from zoo.models.lazy import LazyOutputs
 from zoo.models.pairs import EmbedsPairs
+from zoo.nn import start_std
 from zoo.nn.norm import Linear
 from zoo.part import Features, PartConfig, seeded
 from zoo.recipe import WiringConfig
@@ -79,9 +80,10 @@ class WordHead(nn.Module):
 
     def __init__(self, width: int, vocab: int, deep: bool) -> None:
         super().__init__()
-        self.dense = Linear(width, width) if deep else None
+        std = start_std(width)
+        self.dense = Linear(width, width, std=std) if deep else None
         self.norm = nn.LayerNorm(width, eps=1e-12) if deep else None
-        self.decoder = Linear(width, vocab)
+        self.decoder = Linear(width, vocab, std=std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of ``hidden`` [..., D]."""
@@ -113,13 +115,14 @@ class Experts(EmbedsPairs, Model):
             self.trunk: Multiway = trunk_config.build()
         width = self.shared_width = self.trunk.width
         with seeded(seed, "heads"):
+            std = start_std(width)
             names = ["image", "text", *(["pair_image", "pair_text"] if config.pair_contrast else [])]
-            self.contrast = nn.ModuleDict({name: Linear(width, width, False) for name in names})
-            self.pooler = Linear(width, width) if config.match else None
-            self.matching = Linear(width, 2) if config.match else None
+            self.contrast = nn.ModuleDict({name: Linear(width, width, False, std=std) for name in names})
+            self.pooler = Linear(width, width, std=std) if config.match else None
+            self.matching = Linear(width, 2, std=std) if config.match else None
             vocab, deep = trunk_config.vocab_size, config.words == "bert"
             self.words = WordHead(width, vocab, deep) if config.words != "none" else None
-            self.codes = Linear(width, config.codes) if config.codes else None
+            self.codes = Linear(width, config.codes, std=std) if config.codes else None
         start = math.log(1 / config.temperature)
         self.logit_scale = nn.Parameter(torch.tensor(start))
         self.pair_logit_scale = nn.Parameter(torch.tensor(start)) if config.pair_contrast else None
@@ -309,16 +312,23 @@ class Experts(EmbedsPairs, Model):
 
 
 class MatchingExperts(Experts):
-    """``Experts`` with a matching head, which is a capability of its class."""
+    """``Experts`` with a matching head, which is a capability of its class.
+
+    Attributes:
+        rerank_similarity: Candidates are ordered again by matching logit plus cosine similarity (unilm
+            vlmo/modules/objectives.py, compute_irtr_recall_with_rerank).
+    """
+
+    rerank_similarity: ClassVar[bool] = True
 
     def match(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
-        """The logit of "match", the difference of the head's two, of image n and text n: [N] float32."""
+        """The logit of "match" of image n and text n, as the head gives it: [N] float32."""
         if isinstance(texts, str) or len(images) != len(texts):
             raise ConfigError(f"{len(images)} images and {len(texts)} texts: match judges them one to one")
 
         def judged(chunk: Sequence[tuple[ImageLike, str]]) -> Tensor:
-            logits = self.match_logits(self._pixels([i for i, _ in chunk]), *self._ids([t for _, t in chunk])).float()
-            return logits[:, 1] - logits[:, 0]
+            pixels = self._pixels([image for image, _ in chunk])
+            return self.match_logits(pixels, *self._ids([text for _, text in chunk]))[:, 1].float()
 
         return self._chunked(list(zip(images, texts, strict=True)), judged, torch.empty(0, device=self.device))
 
@@ -336,8 +346,7 @@ class MatchingExperts(Experts):
         def judged(chunk: Sequence[tuple[int, int]]) -> Tensor:
             rows = torch.tensor([image for image, _ in chunk], device=self.device)
             ids, mask = self._ids([texts[text] for _, text in chunk])
-            logits = self.matching_logits(self.fuse(Features(torch.cat(seen)[rows]), ids, mask)).float()
-            return logits[:, 1] - logits[:, 0]
+            return self.matching_logits(self.fuse(Features(torch.cat(seen)[rows]), ids, mask))[:, 1].float()
 
         empty = torch.empty(0, device=self.device)
         self._chunked(images, look, empty)
