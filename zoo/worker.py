@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with Bars(f"{config.name} seed={config.seed}") as bars:
                 run(folder, progress=bars)
             print(f"{folder}: done")
+    except KeyboardInterrupt:  # before the first step, or asked twice
+        return INTERRUPTED
     except Interrupted as stop:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"\ninterrupted at {stop}; the same command goes on from there ({folder})")

@@ -65,3 +65,11 @@ def test_wrong_orders_are_refused() -> None:
         share(0, 8, 0, 3)
     with pytest.raises(ConfigError, match="world_size=2"):
         share(0, 8, 2, 2)
+
+
+def test_hash_of_a_published_budget_is_quick_and_still_tells_orders_apart() -> None:
+    count = 400_000_000
+    first = SampleOrder(IDS, seed=0).hash(count)
+    assert first == SampleOrder(IDS, seed=0).hash(count)
+    others = [SampleOrder(IDS, seed=1).hash(count), SampleOrder(IDS[::-1], seed=0).hash(count)]
+    assert len({first, *others, SampleOrder(IDS, seed=0).hash(count + 1)}) == 4

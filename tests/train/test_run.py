@@ -143,7 +143,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_with_equal_weights(whole:
     prepared(folder, *HARD)
     code = f"from zoo.train import run; run({str(folder)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(600):
+    for _ in range(2400):
         if len(read_lines(folder / "curve.jsonl")) >= 4 or process.poll() is not None:
             break
         time.sleep(0.05)
@@ -156,11 +156,11 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_with_equal_weights(whole:
 
 def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path) -> None:
     folder = tmp_path / "asked"
-    prepared(folder, "budget.value=100000")
+    prepared(folder, "budget.value=20000")
     process = subprocess.Popen(
         [sys.executable, "-m", "zoo.worker", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    for _ in range(600):
+    for _ in range(2400):
         if read_lines(folder / "curve.jsonl") or process.poll() is not None:
             break
         time.sleep(0.05)

@@ -27,6 +27,10 @@ class Order(Protocol):
     def hash(self, count: int) -> str: ...
 
 
+HASHED = 200_000
+"""Places of an order that its hash draws one by one."""
+
+
 class SampleOrder:
     """An endless sequence of (id, draw): epoch e is a permutation of the ids keyed by (seed, e).
 
@@ -78,10 +82,17 @@ class SampleOrder:
         return draws
 
     def hash(self, count: int) -> str:
-        """Return the sha256 (hex) over the ids of the first ``count`` places."""
+        """Return the sha256 (hex) over the ids of the first ``count`` places.
+
+        Beyond ``HASHED`` places what follows is stated, not drawn: it is a function of the ids, the seed and the rule, and
+        drawing the places of a published budget would take longer than the start of a run may.
+        """
         digest = hashlib.sha256()
-        for start in range(0, count, 65536):
-            for id, _ in self.slice(start, min(count, start + 65536)):
+        for id, _ in self.slice(0, min(count, HASHED)):
+            digest.update(id.encode() + b"\0")
+        if count > HASHED:
+            digest.update(f"{count}/{self.seed}/{self.shuffle}/PCG64\0".encode())
+            for id in self.ids:
                 digest.update(id.encode() + b"\0")
         return digest.hexdigest()
 
