@@ -84,8 +84,8 @@ class SampleOrder:
     def hash(self, count: int) -> str:
         """Return the sha256 (hex) over the ids of the first ``count`` places.
 
-        Beyond ``HASHED`` places what follows is stated, not drawn: it is a function of the ids, the seed and the rule, and
-        drawing the places of a published budget would take longer than the start of a run may.
+        Beyond ``HASHED`` places what follows is stated, not drawn: it is a function of the ids, the seed and the rule,
+        and drawing the places of a published budget would take longer than the start of a run may.
         """
         digest = hashlib.sha256()
         for id, _ in self.slice(0, min(count, HASHED)):
