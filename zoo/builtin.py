@@ -350,6 +350,24 @@ FUSION = (
         summary="image encoder and a decoder that cross-attends it (BLIP's captioner)",
     ),
     Component(
+        kind="text_encoder",
+        name="blip-twin-bert",
+        ref="zoo.encoders.twin_bert:TwinBertConfig",
+        summary="BERT base whose layers read two images through two cross-attentions (BLIP on NLVR2)",
+    ),
+    Component(
+        kind="wiring",
+        name="comparer",
+        ref="zoo.models.comparer:ComparerConfig",
+        summary="a statement about two images, true or false (BLIP on NLVR2)",
+    ),
+    Component(
+        kind="objective",
+        name="verdict",
+        ref="zoo.objectives.verdict:VerdictConfig",
+        summary="cross-entropy of true and false",
+    ),
+    Component(
         kind="wiring",
         name="answerer",
         ref="zoo.models.answerer:AnswererConfig",

@@ -26,6 +26,7 @@ SLOTS = {
     "blip-retrieval": ("encoder", "text_encoder"),
     "blip-caption": ("encoder", "decoder"),
     "blip-vqa": ("encoder", "text_encoder", "decoder"),
+    "blip-nlvr": ("encoder", "text_encoder"),
 }
 
 
@@ -259,6 +260,26 @@ def test_retrieval_step(golden: Callable[[str], Any], load: Callable[..., ZooMod
     contrast.after_forward()
     torch.testing.assert_close(contrast.image_queue.T, g.outputs["queue_after/image_queue"], **CLOSE)
     assert torch.equal(contrast.id_queue[None], g.outputs["queue_after/idx_queue"].long())
+
+
+@torch.no_grad()
+def test_two_images(golden: Callable[[str], Any], load: Callable[..., ZooModule]) -> None:
+    g = golden("blip_nlvr")
+    module = load(g, "blip-nlvr")
+    net: Any = module.model
+    merging = [layer.cross.merge is not None for layer in net.text_encoder.trunk.layers]
+    assert merging == [False] * 6 + [True] * 2
+    first, second = g.inputs["image"].chunk(2)  # along the batch
+    ids, mask = g.inputs["input_ids"], g.inputs["attention_mask"].bool()
+    batch = {
+        "pixel_values": first, "other_pixel_values": second, "input_ids": ids, "attention_mask": mask,
+        "labels": g.inputs["targets"],
+    }  # fmt: skip
+    outputs = net(batch)
+    torch.testing.assert_close(outputs["verdict_logits"], g.outputs["logits"], **CLOSE)
+    loss, _ = module.objectives["verdict"](net, batch, outputs)
+    torch.testing.assert_close(loss, g.outputs["loss"], **CLOSE)
+    assert not torch.allclose(net.verdict_logits(second, first, ids, mask), outputs["verdict_logits"], atol=1e-3)
 
 
 def test_a_file_of_another_blip_is_refused_in_one_line(

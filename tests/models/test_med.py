@@ -299,3 +299,33 @@ def test_answers_read_the_question_and_never_the_image(shake: Callable[[nn.Modul
     scores = torch.stack([module.score_text(images, [a] * 3, asked) for a in listed], 1)
     assert answers == [listed[i] for i in scores.argmax(1).tolist()]
     assert answers[:1] == model.choose_answers(images[:1], asked[:1], listed, k=4)
+
+
+def test_two_images_are_compared_and_half_of_the_statements_are_true(
+    shake: Callable[[nn.Module], nn.Module],
+) -> None:
+    values = {**{slot: TINY[slot] for slot in ("encoder", "text_encoder")}, "wiring": {"augment": "none"}}
+    module = build_module(resolve("blip-nlvr", scale="tiny", values=values), 0)
+    model: Any = module.model
+    first, second = model.text_encoder.trunk.layers[0].cross.first, model.text_encoder.trunk.layers[0].cross.second
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert [layer.cross.merge is None for layer in model.text_encoder.trunk.layers] == [True, False]
+    shake(model).eval()
+    data = {**model.example_batch(2), **{k: v[:2] for k, v in batch().items()}}
+    data["other_pixel_values"] = batch(seed=5)["pixel_values"][:2]
+    swapped = {**data, "pixel_values": data["other_pixel_values"], "other_pixel_values": data["pixel_values"]}
+    assert not torch.allclose(model(data)["verdict_logits"], model(swapped)["verdict_logits"], atol=1e-3)
+    from zoo.data.sample import Sample
+
+    samples = [Sample(str(n), image, (f"word {n}",)) for n, image in enumerate(pictures(16))]
+    rows = model.processor(samples, True, [0] * 16)
+    own = model.processor.encode_images([s.image for s in samples])
+    for n, true in enumerate(rows["labels"].tolist()):
+        here, there = (rows[k][n] for k in ("pixel_values", "other_pixel_values"))
+        assert torch.equal(here if true else there, own[n])
+    assert 0 < int(rows["labels"].sum()) < 16
+    again = model.processor(samples, True, [0] * 16)
+    assert torch.equal(again["labels"], rows["labels"])
+    assert torch.equal(again["pixel_values"], rows["pixel_values"])
+    with pytest.raises(ConfigError, match="blip-twin-bert"):
+        build_module(resolve("blip-nlvr", choices={"text_encoder": "blip-bert"}, scale="tiny"), 0)

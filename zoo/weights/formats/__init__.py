@@ -40,7 +40,7 @@ FILES |= dict.fromkeys(("vlmo", "vlmo-base-plus", "vlmo-large"), "zoo.weights.fo
 FILES |= dict.fromkeys(
     (
         *("blip", "blip-large", "blip-retrieval", "blip-retrieval-large"),
-        *("blip-caption", "blip-caption-large", "blip-vqa"),
+        *("blip-caption", "blip-caption-large", "blip-vqa", "blip-nlvr"),
     ),
     "zoo.weights.formats.blip:from_state",
 )

@@ -20,6 +20,7 @@ MAPS = {
     "fusion": maps.fusion_keymap,
     "writer": maps.writer_keymap,
     "answerer": maps.answerer_keymap,
+    "comparer": maps.comparer_keymap,
 }
 """Wiring -> the map of the official model it is."""
 
@@ -28,6 +29,7 @@ NEEDS = {
     "fusion": ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head"),
     "writer": ("visual_encoder", "text_decoder"),
     "answerer": ("visual_encoder", "text_encoder", "text_decoder"),
+    "comparer": ("visual_encoder", "text_encoder", "cls_head"),
 }
 """Wiring -> what of the official model it is made of; fine-tuning starts from files that hold more."""
 
@@ -36,12 +38,17 @@ LEFT = {
     "fusion": ("text_decoder.{**}",),
     "writer": ("text_encoder.{**}", "vision_proj.{p}", "text_proj.{p}", "itm_head.{p}", "temp"),
     "answerer": ("vision_proj.{p}", "text_proj.{p}", "itm_head.{p}", "temp"),
+    "comparer": (),
 }
 STATE = ("image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue")
 
 FILES = {
-    "med": "blip", "fusion": "blip-retrieval", "writer": "blip-caption", "answerer": "blip-vqa",
-}  # fmt: skip
+    "med": "blip",
+    "fusion": "blip-retrieval",
+    "writer": "blip-caption",
+    "answerer": "blip-vqa",
+    "comparer": "blip-nlvr",
+}
 
 CLASSES = {
     "BlipForConditionalGeneration": "writer",
@@ -211,6 +218,11 @@ def sizes(state: Mapping[str, Tensor], wiring: str) -> dict[str, Any]:
             "heads": _heads(inner),
             "ffn": shape(f"{prefix}encoder.layer.0.intermediate.dense.weight")[0],
         }
+    if wiring == "comparer":
+        depth = values["text_encoder"]["depth"]
+        merge = "text_encoder.encoder.layer.{}.crossattention.output.merge_layer.weight"
+        averaging = sum(merge.format(i) not in state for i in range(depth))
+        values["text_encoder"]["average_share"] = averaging / depth
     if "vision_proj" in NEEDS[wiring]:
         values["wiring"] = {"embed_width": shape("vision_proj.weight")[0]}
     return values
@@ -221,5 +233,5 @@ def _heads(width: int) -> int:
 
 
 def _published(wiring: str, width: int) -> str:
-    large = width == 1024 and wiring != "answerer"
+    large = width == 1024 and wiring not in ("answerer", "comparer")
     return FILES[wiring] + ("-large" if large else "")

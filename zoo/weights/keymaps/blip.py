@@ -99,6 +99,7 @@ PARTS = {
     "vision_proj.": "image_projection.",
     "text_proj.": "text_projection.",
     "itm_head.": "matching_head.",
+    "head.": "head.",
     "temp": "temperature",
 }
 """Prefix of the parts above -> prefix in the wirings ``fusion``, ``med``, ``writer``, ``answerer``."""
@@ -141,6 +142,11 @@ def answerer_keymap() -> KeyMap:
     question = bert.keymap("encoder.", "embed.").under("text_encoder.")
     answer = bert.lm_keymap("decoder.", "decoder_embed.", "lm.").under("text_decoder.")
     return placed(vit.keymap("vit.", "stem.").under("visual_encoder.") + question + answer, PARTS)
+
+
+def comparer_keymap() -> KeyMap:
+    """Return the map of the two-image classifier to the wiring ``comparer``."""
+    return placed(nlvr_keymap(), PARTS)
 
 
 def transformers(official: KeyMap) -> KeyMap:
