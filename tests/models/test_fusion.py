@@ -208,8 +208,8 @@ class Judge:
         return self.logits[rows, columns]
 
 
-def metrics_of(judge: Judge, rerank: int) -> dict[str, float]:
-    return RetrievalConfig(rerank=rerank, batch_size=4).build().run(judge, Icons(), "test").metrics
+def metrics_of(judge: Judge, rerank: int, score: str = "published") -> dict[str, float]:
+    return RetrievalConfig(rerank=rerank, rerank_score=score, batch_size=4).build().run(judge, Icons(), "test").metrics
 
 
 def test_reranking_orders_the_nearest_by_the_matching_logit_alone() -> None:
@@ -246,6 +246,20 @@ def test_blip_adds_the_similarity() -> None:
     logits[torch.arange(6), (torch.arange(6) + 1) % 6] = 0.3
     assert metrics_of(Judge(similar, logits), 2)["i2t_r1_reranked"] == 0
     assert metrics_of(Judge(similar, logits, adds=True), 2)["i2t_r1_reranked"] == 1
+
+
+def test_posterior_adds_the_similarity_over_the_temperature() -> None:
+    similar = torch.zeros(6, 6)
+    for i in range(6):
+        similar[i, i], similar[i, (i + 1) % 6] = 0.6, 0.5
+    logits = torch.zeros(6, 6)
+    logits[torch.arange(6), (torch.arange(6) + 1) % 6] = 0.9  # worth 0.9 at temperature 0.1, the similarity 1.0
+    judge = Judge(similar, logits)
+    judge.logit_scale = torch.tensor(10.0).log()  # type: ignore[attr-defined]
+    assert metrics_of(judge, 2, "posterior")["i2t_r1_reranked"] == 1
+    assert metrics_of(Judge(similar, logits), 2)["i2t_r1_reranked"] == 0
+    with pytest.raises(ValueError, match="must be one of published, posterior"):
+        RetrievalConfig(rerank_score="prior")
 
 
 def test_without_a_second_stage_nothing_is_judged() -> None:

@@ -76,4 +76,4 @@ class TwinBert(Bert):
         super().__init__(config, context_width)
         if context_width is not None:
             for i, layer in enumerate(self.trunk.layers):
-                layer.cross = Twins(self.trunk.config, i, merge=i >= config.first_merge)  # type: ignore[assignment]
+                layer.cross = Twins(self.trunk.config, i, merge=i >= config.first_merge)

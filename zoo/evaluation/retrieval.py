@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KS = (1, 5, 10)
+RERANK_SCORES = ("published", "posterior")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +38,24 @@ class RetrievalConfig:
         chunk: queries ranked at a time: memory is chunk x gallery.
         rerank: how many of the nearest candidates of each query are ordered again by ``match``, as ALBEF and BLIP do
             (256 on COCO, 128 on Flickr30k), where the model can; 0 = none. Metrics then also come as ``*_reranked``.
+        rerank_score: What orders them. ``published``: as the system's release, by the matching logit (ALBEF), or by it
+            and the cosine similarity (BLIP, VLMo). ``posterior``: by the logit and the similarity over the temperature.
+            The head learned to tell pairs from negatives drawn by that similarity, so that its logit is about
+            log p(match) - log q(negative): what it adds to the first stage, and no replacement of it.
     """
 
     items: int = 0
     batch_size: int = 64
     chunk: int = 512
     rerank: int = 0
+    rerank_score: str = "published"
     metrics: ClassVar[Mapping[str, MetricInfo]] = METRICS["retrieval"]
 
     def __post_init__(self) -> None:
         if self.rerank < 0:
             raise ValueError(f"rerank = {self.rerank} must be 0 (none) or more")
+        if self.rerank_score not in RERANK_SCORES:
+            raise ValueError(f"rerank_score = {self.rerank_score!r} must be one of {', '.join(RERANK_SCORES)}")
 
     def build(self) -> Retrieval:
         return Retrieval(self)
@@ -154,7 +162,7 @@ class Retrieval(Task):
     def spec(self, source: SourceLike, split: str) -> dict[str, Any]:
         spec = {**super().spec(source, split), "ties": f"against the model, within {COSINE_TIE}"}
         if not self.config.rerank:  # hashes of runs from before there was a second stage still hold
-            del spec["config"]["rerank"]
+            del spec["config"]["rerank"], spec["config"]["rerank_score"]
         return spec
 
 
@@ -204,7 +212,9 @@ class Reranking:
         )
         of_text = torch.zeros_like(of_image).scatter_(0, cosine.topk(min(k, len(cosine)), dim=0).indices, True)
         scores = self._scores(of_image | of_text)
-        if getattr(self.model, "rerank_similarity", False):  # BLIP adds the first stage's similarity
+        if self.config.rerank_score == "posterior":
+            scores = scores + cosine * float(self.model.logit_scale.detach().exp())
+        elif getattr(self.model, "rerank_similarity", False):  # BLIP adds the first stage's similarity
             scores = scores + cosine
         i2t = ranks_of(torch.where(of_image, scores, OUTSIDE)[:, rows], right_columns, COSINE_TIE)
         t2i = ranks_of(torch.where(of_text, scores, OUTSIDE).T[rows], right_images, COSINE_TIE)
