@@ -329,3 +329,12 @@ def test_two_images_are_compared_and_half_of_the_statements_are_true(
     assert torch.equal(again["pixel_values"], rows["pixel_values"])
     with pytest.raises(ConfigError, match="blip-twin-bert"):
         build_module(resolve("blip-nlvr", choices={"text_encoder": "blip-bert"}, scale="tiny"), 0)
+
+
+@pytest.mark.parametrize(("share", "millions"), [(True, 252), (False, 361)])
+def test_sharing_gives_the_papers_parameter_counts(share: bool, millions: int) -> None:
+    """Table 3: all layers but self-attention shared, and none."""
+    recipe = resolve("blip", values={"wiring": {"share": share}})
+    with torch.device("meta"):
+        model = recipe.wiring[1].build(recipe.parts, 0)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
