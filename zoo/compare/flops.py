@@ -36,8 +36,8 @@ class Flops:
         return {**asdict(self), "per_sample": self.per_sample}
 
 
-BATCH = 6
-"""Samples counted at once, then divided: a contrastive loss compares several, masked data takes three kinds in turn."""
+BATCH = 2
+"""Samples counted at once: a contrastive loss compares at least two; the count is divided again."""
 
 
 def count(module: ZooModule) -> Flops:
