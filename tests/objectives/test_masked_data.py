@@ -218,6 +218,7 @@ def test_one_loss_and_no_contrast_in_pre_training(module: Any) -> None:
 
 
 def test_nothing_hidden_is_a_zero_with_a_graph(module: Any) -> None:
+    module.model.requires_grad_(True)  # the module is shared, and a stage may have frozen it
     batch = batch_of(3)
     ids = batch["input_ids"]
     drawn = {"text": Masked(torch.arange(3), ids=ids, labels=torch.full_like(ids, -100))}
