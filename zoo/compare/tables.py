@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from zoo.compare.charts import compact
@@ -87,8 +87,13 @@ def cost_values(row: Row) -> list[float | None]:
 
 def cost_texts(row: Row) -> list[str]:
     """Return the costs of a row as text; a dash for what was not recorded."""
-    formats = (compact, compact, compact, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}", duration, memory)
+    formats: tuple[Callable[[float], str], ...] = (compact, compact, compact, throughput, duration, memory)
     return ["–" if v is None else form(v) for form, v in zip(formats, cost_values(row), strict=True)]
+
+
+def throughput(samples_per_second: float) -> str:
+    """Return a rate as text: whole numbers from ten on, two digits below."""
+    return f"{samples_per_second:.0f}" if samples_per_second >= 10 else f"{samples_per_second:.2g}"
 
 
 def print_leaderboard(board: Leaderboard, console: Console | None = None) -> None:
