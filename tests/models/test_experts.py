@@ -31,11 +31,15 @@ SIZES: dict[str, Any] = {
 PICTURE = {"image_size": 32, "patch_size": 8, "width": 32, "vocab_size": 64}
 
 
-def module_of(**changes: Any) -> Any:
-    recipe = resolve("vlmo", values={"trunk": SIZES, **changes}, scale="tiny")
-    module = build_module(recipe, 0)
+def module_of(model: str = "vlmo") -> Any:
+    picture = {"image_tokenizer": PICTURE} if model == "vlmo-staged" else {}
+    module = build_module(resolve(model, values={"trunk": SIZES, **picture}, scale="tiny"), 0)
     shake(module.model)
     return module
+
+
+def set_stage(module: Any, name: str) -> None:
+    module.set_stage([stage.name for stage in module.recipe.stages].index(name))
 
 
 @pytest.fixture
@@ -68,9 +72,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
 
 
 def test_text_stage_trains_what_the_release_trains(batch: dict[str, Tensor]) -> None:
-    module = module_of()
-    module.set_stage(0)
-    assert module.recipe.stages[0].name == "text"
+    module = module_of("vlmo-staged")
+    set_stage(module, "text")
     learns = {name for name, p in module.model.named_parameters() if p.requires_grad}
     text = {name for name in dict(module.model.named_parameters()) if name.startswith(("trunk.text.", "words."))}
     experts = {n for n in dict(module.model.named_parameters()) if ".ffn.0." in n or ".ffn_norm.0." in n}
@@ -95,15 +98,16 @@ def test_text_stage_trains_what_the_release_trains(batch: dict[str, Tensor]) -> 
 def test_a_step_computes_what_its_stage_reads_and_no_more(
     batch: dict[str, Tensor], calls: Callable[[Any], list[str]]
 ) -> None:
-    """Stage 2 reads texts alone; stage 3 each side once, its pair experts once more, 3B pairs to match, B to fill."""
-    module = module_of()
+    """Images alone, texts alone; for pairs each side once, its pair experts once more, 3B pairs to match, B to fill."""
+    module = module_of("vlmo-staged")
     seen = calls(module.model)
     torch.manual_seed(0)
-    module.set_stage(0)
-    module.losses(batch)
-    assert seen == ["text:6"]
-    seen.clear()
-    module.set_stage(1)
+    for stage, kind in (("tokenizer", []), ("image", ["image:6"]), ("text", ["text:6"])):
+        set_stage(module, stage)
+        module.losses(batch)
+        assert seen == kind
+        seen.clear()
+    set_stage(module, "pairs")
     module.losses(batch)
     below_and_above = ["image:6", "image:6", "text:6", "text:6"]
     assert sorted(seen) == sorted([*below_and_above, "image:6:upper", "text:6:upper", "pair:18", "pair:6"])
@@ -111,9 +115,8 @@ def test_a_step_computes_what_its_stage_reads_and_no_more(
 
 def test_three_stages_each_train_their_own_experts(batch: dict[str, Tensor]) -> None:
     """vlmo-staged: image stage, text stage, pair stage; each leaves what it does not read as it was, bit by bit."""
-    recipe = resolve("vlmo-staged", values={"trunk": SIZES, "image_tokenizer": PICTURE}, scale="tiny")
-    module = build_module(recipe, 0)
-    shake(module.model)
+    module = module_of("vlmo-staged")
+    recipe = module.recipe
     assert [stage.name for stage in recipe.stages] == ["tokenizer", "image", "text", "pairs"]
     assert isinstance(module.model, Match)
     inside = {"image": ".ffn.1.", "text": ".ffn.0.", "pairs": ".ffn.2."}
@@ -141,7 +144,6 @@ def test_three_stages_each_train_their_own_experts(batch: dict[str, Tensor]) -> 
 
 def test_each_contrast_has_its_own_temperature(batch: dict[str, Tensor]) -> None:
     module = module_of()
-    module.set_stage(1)
     model = module.model
     outputs = model(batch)
     for name, own, other in (

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import zoo
 from zoo.models.experts import Experts
-from zoo.objectives.masked_lm import MaskedLMConfig
-from zoo.objectives.matching import MatchingConfig
+from zoo.objectives.masked_text import MaskedTextConfig
 from zoo.part import Features
+from zoo.recipe import resolve
 from zoo.weights.keymaps import vlmo
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -130,7 +130,6 @@ def test_joint(g: Any, model: Experts) -> None:
 def test_losses_and_gradients(g: Any, module: Any, model: Experts) -> None:
     """The recipe's own objectives and weights add up to the released total; so do the gradients, under their names."""
     batch = batch_of(g)
-    module.set_stage(1)
     total, report = module.losses(batch)
     itc = report["contrastive"] + report["pair-contrastive"]  # weighted already
     torch.testing.assert_close(itc, g.outputs["itc/loss"], **TOLERANCE)
@@ -149,12 +148,11 @@ def test_losses_and_gradients(g: Any, module: Any, model: Experts) -> None:
         torch.testing.assert_close(gradients[name.removeprefix("grad_total/")], expected, **GRADIENTS)
 
 
-def test_text_stage_loss(g: Any, module: Any) -> None:
-    module.set_stage(0)
-    total, _ = module.losses(batch_of(g))
+def test_text_stage_loss(g: Any, model: Experts) -> None:
+    batch = batch_of(g)
+    loss, _ = MaskedTextConfig().build()(model, batch, model(batch))
     labels = g.inputs["text_labels_mlm"].flatten()
-    expected = F.cross_entropy(g.outputs["textmlm/logits"].flatten(0, 1), labels)
-    torch.testing.assert_close(total, expected, **TOLERANCE)
+    torch.testing.assert_close(loss, F.cross_entropy(g.outputs["textmlm/logits"].flatten(0, 1), labels), **TOLERANCE)
 
 
 def test_saving_gives_the_official_names_back(g: Any, model: Experts) -> None:
@@ -166,11 +164,11 @@ def test_saving_gives_the_official_names_back(g: Any, model: Experts) -> None:
     assert all(torch.equal(saved[name], g.weights[name]) for name in saved)
 
 
-def test_objectives_of_the_recipe() -> None:
-    recipe = zoo.build("vlmo", scale="tiny").recipe
-    weights = {name: config.weight for name, config in recipe.objectives.items()}
-    assert weights == {
-        "contrastive": 0.5, "pair-contrastive": 0.5, "matching": 1.0, "masked-lm": 0.25, "masked-text": 1.0,
-    }  # fmt: skip
-    assert isinstance(recipe.objectives["masked-lm"], MaskedLMConfig)
-    assert isinstance(recipe.objectives["matching"], MatchingConfig)
+@pytest.mark.parametrize("name", ["vlmo", "vlmo-large", "vlmo-base-plus", "vlmo-staged"])
+def test_objectives_of_the_pair_stage(name: str) -> None:
+    recipe = resolve(name)
+    last = recipe.stages[-1]
+    assert last.name == "pairs"
+    weights = {key: recipe.objectives[key].weight for key in last.objectives or recipe.objectives}
+    assert weights == {"contrastive": 0.5, "pair-contrastive": 0.5, "matching": 1.0, "masked-lm": 0.25}
+    assert MaskedTextConfig().weight == 1.0
