@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.part import Features, PartConfig
 
@@ -16,10 +16,17 @@ class Connector(nn.Module):
         width: Width of the tokens it returns, the decoder's.
         tokens: Tokens an item it returns.
         needs_cls: False when a class token among the input would disturb it (it works on the grid).
+        reads_text: It reads the instruction beside the image: ``embed_text(ids, mask)`` makes the ``text`` of
+            ``forward`` from ids of the connector's own vocabulary.
     """
 
     width: int
     tokens: int
+    reads_text: bool = False
+
+    def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Features:
+        """Ids [B, T] of an instruction, mask [B, T] bool (True = real) -> its tokens, the ``text`` of ``forward``."""
+        raise TypeError(f"{type(self).__name__} reads no text")
 
     def forward(self, features: Features, text: Features | None = None) -> Features:
         """Map tokens [B, N, D_in] to [B, n, D_out]; ``text`` are instruction tokens, for connectors that read them."""

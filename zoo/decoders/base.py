@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.layout import TokenBatch
+from zoo.layout import Layout, TokenBatch
 from zoo.part import PartConfig
 
 
@@ -36,6 +36,18 @@ class Decoder(nn.Module):
         With a cache (``new_cache``), ``batch.embeds`` holds only the new rows, and ``batch.layout`` has every key.
         """
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def arrange(self, layout: Layout, ids: Tensor, slots: Tensor) -> Layout:
+        """The layout as this decoder counts positions, routes rows and masks; by default as it is given.
+
+        Called last when a wiring lays out a sequence, in training and in decoding.
+
+        Args:
+            layout: Plain causal, its positions not counting pads.
+            ids: [B, T] token ids, image placeholders included.
+            slots: [B, T] bool, True where a placeholder stands.
+        """
+        return layout
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., width] -> logits [..., vocab_size]."""

@@ -5,6 +5,7 @@ LLaVA and stage 2 of BLIP-2 are this wiring; they differ in parts, template and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from zoo.layout import Layout, Segment, TokenBatch, lay_out
 from zoo.layout_facts import Padding, look_at_padding
 from zoo.models.base import Model
 from zoo.models.writing import IGNORE, WritesText
-from zoo.part import PartConfig, seeded
+from zoo.part import Features, PartConfig, seeded
 from zoo.recipe import WiringConfig
 
 if TYPE_CHECKING:
@@ -114,27 +115,72 @@ class Bridge(WritesText, Model):
 
         Also read are ``attention_mask`` [B, T] (pads behind the text), ``labels`` [B, T] (-100 = no target; the label
         of a token stands in its own place, as transformers have it), and ``has_image`` [B] where some rows show none
-        (their images are not looked at).
+        (their images are not looked at). Without ``has_image`` the images come in the order of their slots, any number
+        a row. ``image_tokens`` [N, n_enc, D_enc], what the encoder made of the images, may stand in place of the
+        pixels. ``instruction_ids`` [B, Tq] and ``instruction_mask`` [B, Tq] are the instruction in the vocabulary of a
+        connector that reads it.
 
         Returns:
             ``hidden`` [B, T, width] and ``targets`` [B, T], the id each row should predict: the labels shifted by one.
         """
         ids, labels = batch["input_ids"], batch["labels"]
-        pixels, has_image = batch.get("pixel_values"), batch.get("has_image")
-        if pixels is not None and has_image is not None:
-            pixels = pixels[has_image]
-        embeds = self._splice(ids, pixels)
+        pixels, encoded = batch.get("pixel_values"), batch.get("image_tokens")
+        if (has_image := batch.get("has_image")) is not None:
+            pixels = None if pixels is None else pixels[has_image]
+            encoded = None if encoded is None else encoded[has_image]
+        text = self._instruction(batch)
+        embeds = self._splice(ids, pixels, text=text, image_tokens=encoded)
         layout = self._layout(ids, batch.get("attention_mask"), padding="right")
         hidden = self.decoder(TokenBatch(embeds, layout))  # [B, T, D]
         return {"hidden": hidden, "targets": F.pad(labels[:, 1:], (0, 1), value=IGNORE)}
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """The connector's tokens [N, n, width] of ``pixel_values`` [N, 3, H, W]: what stands in for words."""
+    def image_features(
+        self, pixel_values: Tensor | None, text: Features | None = None, image_tokens: Tensor | None = None
+    ) -> Tensor:
+        """The connector's tokens [N, n, width] of N images: what stands in for words.
+
+        Args:
+            pixel_values: [N, 3, H, W].
+            text: The instruction of each image, [N, Tq, D] from ``connector.embed_text``, for connectors that read it.
+            image_tokens: [N, n_enc, D_enc], the encoder's tokens of the images, in place of ``pixel_values``.
+        """
+        features = self._encoded(image_tokens) if image_tokens is not None else self._encode(pixel_values)
+        tokens: Tensor = self.connector(features, text).tokens
+        return tokens
+
+    def _encode(self, pixel_values: Tensor | None) -> Features:
+        if pixel_values is None:
+            raise ConfigError("the model was given neither pixel_values nor image_tokens")
         frozen = not any(p.requires_grad for p in self.encoder.parameters())
         with torch.no_grad() if frozen else nullcontext():
-            features = self.encoder(pixel_values)
-        tokens: Tensor = self.connector(features).tokens
-        return tokens
+            features: Features = self.encoder(pixel_values)
+        return features
+
+    def _encoded(self, tokens: Tensor) -> Features:
+        """Features of tokens [N, n_enc, D_enc] that the encoder made earlier; the grid is square, as images are."""
+        count = tokens.shape[1]
+        side = next((math.isqrt(n) for n in (count, count - 1) if math.isqrt(n) ** 2 == n), 0)
+        return Features(tokens, grid=(side, side) if side else None)
+
+    def _instruction(self, batch: Mapping[str, Tensor]) -> Features | None:
+        """The connector's tokens of the batch's instructions, a row each; None where it reads none."""
+        ids = batch.get("instruction_ids")
+        if not self.connector.reads_text or ids is None:
+            return None
+        return self.connector.embed_text(ids, batch.get("instruction_mask"))
+
+    def _per_image(self, text: Features, slots: Tensor, images: int) -> Features:
+        """Instructions [B, Tq, D] of the rows as those of ``images`` images, which stand at ``slots`` [B, T]."""
+        counts = slots.sum(dim=1) // self.connector.tokens  # [B]
+        if slots.device.type != "cpu":  # on a CPU _check_slots has the better message
+            torch._assert_async(counts.sum() == images, "image placeholders and images differ in number")
+        elif int(counts.sum()) != images:
+            _check_slots(slots, images, self.connector.tokens)
+
+        def spread(rows: Tensor) -> Tensor:
+            return rows.repeat_interleave(counts, dim=0, output_size=images)  # a known size waits for no device
+
+        return Features(spread(text.tokens), mask=None if text.mask is None else spread(text.mask))
 
     def text_logits(
         self,
@@ -142,6 +188,8 @@ class Bridge(WritesText, Model):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of every position.
 
@@ -150,13 +198,29 @@ class Bridge(WritesText, Model):
             input_ids: [B, T] with ``image_token_id`` at each of an image's slots.
             attention_mask: [B, T], 1 = real; pads may stand on either side.
             decoder_input_ids: Not used: the decoder reads ``input_ids``.
+            instruction_ids: [B, Tq], the instructions in the connector's vocabulary, where it reads them.
+            instruction_mask: [B, Tq], 1 = real.
         """
-        embeds = self._splice(input_ids, pixel_values)
+        given = {} if instruction_ids is None else {"instruction_ids": instruction_ids}
+        if instruction_mask is not None:
+            given["instruction_mask"] = instruction_mask.bool()
+        embeds = self._splice(input_ids, pixel_values, text=self._instruction(given))
         layout = self._layout(input_ids, attention_mask)
         return self.decoder.logits(self.decoder(TokenBatch(embeds, layout)))
 
-    def _splice(self, ids: Tensor, pixel_values: Tensor | None, features: Tensor | None = None) -> Tensor:
+    def _splice(
+        self,
+        ids: Tensor,
+        pixel_values: Tensor | None,
+        features: Tensor | None = None,
+        text: Features | None = None,
+        image_tokens: Tensor | None = None,
+    ) -> Tensor:
         """Embeddings [B, T, D] with image tokens in place of the placeholders.
+
+        Args:
+            features: [N, n, D], the connector's tokens, where they are known.
+            text: Instructions of the rows, from ``_instruction``.
 
         Raises:
             ConfigError: Slots and image tokens differ in number (on an accelerator an assertion, so that nothing waits
@@ -164,8 +228,11 @@ class Bridge(WritesText, Model):
         """
         slots = ids == self.image_token_id  # [B, T]
         embeds = self.decoder.embed(ids.masked_fill(slots, 0))  # [B, T, D]
-        if features is None and pixel_values is not None and len(pixel_values):
-            features = self.image_features(pixel_values)
+        shown = image_tokens if image_tokens is not None else pixel_values
+        if features is None and shown is not None and len(shown):
+            _check_slots(slots, len(shown), self.connector.tokens)
+            own = None if text is None else self._per_image(text, slots, len(shown))
+            features = self.image_features(pixel_values, own, image_tokens)
         if features is None:
             if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.connector.parameters())):
                 _check_slots(slots, 0, self.connector.tokens)
@@ -173,12 +240,14 @@ class Bridge(WritesText, Model):
             # text alone: a blank image of weight zero keeps the connector in the graph, or DDP would hang
             size = self.image_config.image_size
             blank = embeds.new_zeros(1, 3, size, size)
-            return embeds + 0.0 * self.image_features(blank).sum()
+            first = None if text is None else Features(text.tokens[:1], None if text.mask is None else text.mask[:1])
+            return embeds + 0.0 * self.image_features(blank, first).sum()
         _check_slots(slots, features.shape[0], features.shape[1])
         return embeds.masked_scatter(slots[..., None], features.to(embeds.dtype))
 
     def _layout(self, ids: Tensor, attention_mask: Tensor | None, padding: Padding | None = None) -> Layout:
-        """Plain causal attention over text and image tokens alike; positions do not count pads in front.
+        """Plain causal attention over text and image tokens alike, unless the decoder arranges them otherwise;
+        positions do not count pads in front.
 
         ``padding="right"`` promises that pads stand behind the text, which on an accelerator nobody looks at.
         """
@@ -198,7 +267,8 @@ class Bridge(WritesText, Model):
             device=ids.device,
         )
         # rows may hold their images anywhere, so that a token's modality is known by its id alone
-        return replace(layout, modality=(ids == self.image_token_id).long(), spans=None)
+        slots = ids == self.image_token_id  # [B, T]
+        return self.decoder.arrange(replace(layout, modality=slots.long(), spans=None), ids, slots)
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 

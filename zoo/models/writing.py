@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
     from zoo.data.processor import PromptProcessor
     from zoo.data.text import TextTokenizer
+    from zoo.part import Features
 
 IGNORE = -100
 """Label of a position without a target."""
@@ -51,8 +52,17 @@ class WritesText(nn.Module):
         def processor(self) -> PromptProcessor: ...
         @property
         def device(self) -> torch.device: ...
-        def image_features(self, pixel_values: Tensor) -> Tensor: ...
-        def _splice(self, ids: Tensor, pixel_values: Tensor | None, features: Tensor | None = None) -> Tensor: ...
+        def image_features(
+            self, pixel_values: Tensor | None, text: Features | None = None, image_tokens: Tensor | None = None
+        ) -> Tensor: ...
+        def _splice(
+            self,
+            ids: Tensor,
+            pixel_values: Tensor | None,
+            features: Tensor | None = None,
+            text: Features | None = None,
+            image_tokens: Tensor | None = None,
+        ) -> Tensor: ...
         def _layout(self, ids: Tensor, attention_mask: Tensor | None, padding: Padding | None = None) -> Layout: ...
 
     def generate_text(
