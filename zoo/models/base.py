@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError
 from zoo.layout import Layout
+from zoo.part import Features
 
 
 class Model(nn.Module):
@@ -16,13 +20,37 @@ class Model(nn.Module):
 
     Attributes:
         provides: Names of the outputs ``forward`` returns; objectives are checked against it.
+        reads_image_tokens: ``forward`` and the objectives read images through ``encode_images`` alone, so that
+            ``image_tokens`` [N, n, D] may stand in a batch in place of ``pixel_values`` (``zoo.data.feature_cache``).
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()
+    reads_image_tokens: ClassVar[bool] = False
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One forward pass over what ``processor`` made; returns what ``provides`` names."""
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def encode_images(self, pixel_values: Tensor | None, image_tokens: Tensor | None = None) -> Features:
+        """The tokens [N, n, D] of the slot ``encoder``, without a graph where nothing of it learns.
+
+        Args:
+            pixel_values: [N, 3, H, W].
+            image_tokens: [N, n, D], what the encoder made of the images earlier; the encoder is then not asked. Such
+                features have no ``pooled``.
+
+        Raises:
+            ConfigError: Neither is given.
+        """
+        if image_tokens is not None:
+            return Features(image_tokens, grid=square_grid(image_tokens.shape[1]))
+        if pixel_values is None:
+            raise ConfigError("the model was given neither pixel_values nor image_tokens")
+        encoder: Any = self.encoder
+        frozen = not any(p.requires_grad for p in encoder.parameters())
+        with torch.no_grad() if frozen else nullcontext():
+            features: Features = encoder(pixel_values)
+        return features
 
     @property
     def processor(self) -> Any:
@@ -44,3 +72,14 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+def square_grid(tokens: int) -> tuple[int, int] | None:
+    """The patch grid of a square image with ``tokens`` tokens, one of which may be a class token; None if there is
+    none.
+    """
+    for patches in (tokens, tokens - 1):
+        side = math.isqrt(max(patches, 0))
+        if side and side * side == patches:
+            return (side, side)
+    return None

@@ -5,9 +5,7 @@ LLaVA and stage 2 of BLIP-2 are this wiring; they differ in parts, template and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -77,6 +75,7 @@ class Bridge(WritesText, Model):
     """``encoder``, ``connector``, ``decoder``: image tokens spliced into the text at placeholders, all of it causal."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
+    reads_image_tokens: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -144,23 +143,8 @@ class Bridge(WritesText, Model):
             text: The instruction of each image, [N, Tq, D] from ``connector.embed_text``, for connectors that read it.
             image_tokens: [N, n_enc, D_enc], the encoder's tokens of the images, in place of ``pixel_values``.
         """
-        features = self._encoded(image_tokens) if image_tokens is not None else self._encode(pixel_values)
-        tokens: Tensor = self.connector(features, text).tokens
+        tokens: Tensor = self.connector(self.encode_images(pixel_values, image_tokens), text).tokens
         return tokens
-
-    def _encode(self, pixel_values: Tensor | None) -> Features:
-        if pixel_values is None:
-            raise ConfigError("the model was given neither pixel_values nor image_tokens")
-        frozen = not any(p.requires_grad for p in self.encoder.parameters())
-        with torch.no_grad() if frozen else nullcontext():
-            features: Features = self.encoder(pixel_values)
-        return features
-
-    def _encoded(self, tokens: Tensor) -> Features:
-        """Features of tokens [N, n_enc, D_enc] that the encoder made earlier; the grid is square, as images are."""
-        count = tokens.shape[1]
-        side = next((math.isqrt(n) for n in (count, count - 1) if math.isqrt(n) ** 2 == n), 0)
-        return Features(tokens, grid=(side, side) if side else None)
 
     def _instruction(self, batch: Mapping[str, Tensor]) -> Features | None:
         """The connector's tokens of the batch's instructions, a row each; None where it reads none."""
