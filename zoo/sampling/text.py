@@ -3,7 +3,7 @@ batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,38 +146,60 @@ def write(
     Raises:
         ConfigError: The prompt itself does not fit the decoder's context.
     """
-    batch, length = embeds.shape[:2]
-    device = embeds.device
-    room = (getattr(decoder, "context_length", 0) or length + decoding.max_new_tokens) - length + 1
-    if room < 1:
-        raise ConfigError(
-            f"the prompt has {length} tokens, image tokens included, and the decoder reads {length + room - 1}:"
-            " shorten the prompt or give the decoder a longer context_length"
-        )
     given = {"context": context, "context_mask": context_mask}
-    reads = {key: value for key, value in given.items() if value is not None}
-    seen: Tensor | None = None
-    if decoding.repetition_penalty != 1:
-        seen = torch.zeros(batch, decoder.vocab_size, dtype=torch.bool, device=device)
-        if prompt_ids is not None:
-            seen = ids_seen(prompt_ids, decoder.vocab_size, layout.real)
     if decoding.beams > 1:
-        steps = min(decoding.max_new_tokens, room)
+        steps = min(decoding.max_new_tokens, _room(decoder, embeds.shape[1], decoding))
         return search(
             decoder, embeds, layout, decoding,
-            steps=steps, stop_ids=stop_ids, pad_id=pad_id, context=reads, seen=seen,
+            steps=steps, stop_ids=stop_ids, pad_id=pad_id,
+            context={key: value for key, value in given.items() if value is not None},
+            seen=_seen(decoder, embeds, layout, decoding, prompt_ids),
         )  # fmt: skip
+    tokens = stream(
+        decoder, embeds, layout, decoding,
+        stop_ids=stop_ids, pad_id=pad_id, generators=generators, prompt_ids=prompt_ids, **given,
+    )  # fmt: skip
+    return torch.stack(list(tokens), dim=1)
+
+
+@torch.inference_mode()
+def stream(
+    decoder: Decoder,
+    embeds: Tensor,
+    layout: Layout,
+    decoding: Decoding,
+    *,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    generators: Sequence[torch.Generator] | None = None,
+    context: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    prompt_ids: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """The columns of what ``write`` returns, [B] int64 each, as they are chosen; arguments as there.
+
+    Raises:
+        ConfigError: Beams, which settle on no token before the end, or a prompt that does not fit.
+    """
+    if decoding.beams > 1:
+        raise ConfigError(f"beams = {decoding.beams} cannot be streamed: write greedily or sample")
+    batch, length = embeds.shape[:2]
+    device = embeds.device
+    room = _room(decoder, length, decoding)
+    given = {"context": context, "context_mask": context_mask}
+    reads = {key: value for key, value in given.items() if value is not None}
+    seen = _seen(decoder, embeds, layout, decoding, prompt_ids)
     if decoding.temperature and generators is None:
         generators = streams(decoding.seed, 0, batch)
     stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
     name = layout.names[-1]
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = decoder.new_cache()
-    written: list[Tensor] = []
+    token: Tensor | None = None
     for step in range(min(decoding.max_new_tokens, room)):
-        if step:
+        if token is not None:
             layout = layout.append(name)
-            embeds = decoder.embed(written[-1][:, None])  # [B, 1, D]
+            embeds = decoder.embed(token[:, None])  # [B, 1, D]
         hidden = decoder(TokenBatch(embeds, layout), cache, **({} if step else reads))[:, -1]  # [B, D]
         logits = decoder.logits(hidden).float()  # [B, V]
         if seen is not None:
@@ -188,13 +210,34 @@ def write(
         if generators is not None and decoding.temperature:
             draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(device)
         token = torch.where(done, pad_id, choose(logits, decoding, draw))
-        written.append(token)
+        yield token
         if seen is not None:
             seen = seen.scatter(1, token[:, None], True)
         done = done | torch.isin(token, stops)
         if bool(done.all()):
             break
-    return torch.stack(written, dim=1)
+
+
+def _room(decoder: Decoder, length: int, decoding: Decoding) -> int:
+    """How many tokens the decoder's context leaves behind a prompt of ``length``."""
+    room = (getattr(decoder, "context_length", 0) or length + decoding.max_new_tokens) - length + 1
+    if room < 1:
+        raise ConfigError(
+            f"the prompt has {length} tokens, image tokens included, and the decoder reads {length + room - 1}:"
+            " shorten the prompt or give the decoder a longer context_length"
+        )
+    return room
+
+
+def _seen(
+    decoder: Decoder, embeds: Tensor, layout: Layout, decoding: Decoding, prompt_ids: Tensor | None
+) -> Tensor | None:
+    """The ids [B, V] that a repetition penalty counts before the first step; None without a penalty."""
+    if decoding.repetition_penalty == 1:
+        return None
+    if prompt_ids is not None:
+        return ids_seen(prompt_ids, decoder.vocab_size, layout.real)
+    return torch.zeros(embeds.shape[0], decoder.vocab_size, dtype=torch.bool, device=embeds.device)
 
 
 def align_right(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
