@@ -6,10 +6,11 @@
 One process, alternating rounds, medians; forward, losses, backward, clipping and AdamW, without data loading, as in
 ``blip_step.py``. Both sides read the same pixels, ids and masks; dropout and stochastic depth are off.
 
-albef: torchmultimodal's ``ALBEFModelWithSimilarity`` and ``ImageTextContrastiveLoss`` with a matching head, contrast and
-matching (it ships no masked-language head). vlmo: unilm's ``VLMo`` with its ``compute_itc``, ``compute_itm_hardneg`` and
-``compute_mlm``, from the same weights. beit3: retrieval on torchscale's ``BEiT3``, as unilm's ``BEiT3ForRetrieval`` puts
-it together, from the same weights.
+albef: torchmultimodal's ``ALBEFModelWithSimilarity`` and ``ImageTextContrastiveLoss`` with a matching head, contrast
+and matching (it ships no masked-language head).
+vlmo: unilm's ``VLMo`` with its ``compute_itc``, ``compute_itm_hardneg`` and ``compute_mlm``, from the same weights; the
+first losses differ by the negatives drawn.
+beit3: retrieval on torchscale's ``BEiT3``, as unilm's ``BEiT3ForRetrieval`` puts it together, from the same weights.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def vlmo(scale: str, batch: int, length: int, unilm: Path | None) -> Case:
     def trunk(*_: Any, **__: Any) -> nn.Module:
         out: nn.Module = released.vlmo.modules.multiway_transformer.MultiWayTransformer(
             img_size=size.image_size, patch_size=size.patch_size, embed_dim=size.width, depth=size.depth,
-            num_heads=size.heads, mlp_ratio=size.ffn / size.width, vlffn_start_layer_index=size.depth - size.pair_layers,
-            config=config,
+            num_heads=size.heads, mlp_ratio=size.ffn / size.width,
+            vlffn_start_layer_index=size.depth - size.pair_layers, config=config,
         )  # fmt: skip
         return out
 
@@ -184,7 +185,8 @@ def vlmo(scale: str, batch: int, length: int, unilm: Path | None) -> Case:
     state = vlmo_maps.keymap(layers=size.depth).save(module.model.state_dict())[0]
     report = peer.load_state_dict(state, strict=False)
     left = [name for name in report.missing_keys if "position" not in name]
-    assert not left and not report.unexpected_keys, report
+    assert not left, left
+    assert not report.unexpected_keys, report
     # transformers 5 adds absolute positions whatever the configuration says; the release of then had none here
     nn.init.zeros_(peer.text_embeddings.position_embeddings.weight).requires_grad_(False)
     objectives = released.objectives

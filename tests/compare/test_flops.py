@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from zoo.api import build_module
-from zoo.compare.flops import count, count_recipe, frozen_paths
+from zoo.compare import flops
+from zoo.compare.flops import count, count_recipe, frozen_paths, samples
 from zoo.recipe import resolve
 
 
@@ -58,3 +59,15 @@ def test_published_sizes_are_counted_in_seconds_without_memory() -> None:
     flops = count_recipe(resolve("llava-1.5"))[0]
     # Vicuna-7B reads 576 image tokens and some text: about 2 x 6.6 G x tokens, plus the eye's 0.3 G x 2 x 577
     assert 6e12 < flops.frozen_forward < 12e12
+
+
+def test_streams_of_masked_data_count_as_in_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the batch goes through each stream: two samples would be read by three streams, one each."""
+    with torch.device("meta"):
+        module = build_module(resolve("beit3", scale="tiny"), seed=0)
+    module.set_stage(next(i for i, stage in enumerate(module.recipe.stages) if stage.name == "pretrain"))
+    few = count(module)
+    monkeypatch.setattr(flops, "BATCH", 48)
+    many = count(module)
+    assert samples(module) == 48
+    assert few.per_sample == pytest.approx(many.per_sample, rel=1e-3)

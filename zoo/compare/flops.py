@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,12 @@ class Flops:
 
 
 BATCH = 2
-"""Samples counted at once: a contrastive loss compares at least two; the count is divided again."""
+"""Least samples counted at once: a contrastive loss compares at least two; the count is divided again."""
+
+
+def samples(module: ZooModule) -> int:
+    """Samples to count at once: as few as the current objectives' parts of a batch divide."""
+    return math.lcm(BATCH, *(module.objectives[name].parts for name in module.active))  # type: ignore[arg-type]
 
 
 def count(module: ZooModule) -> Flops:
@@ -48,7 +54,8 @@ def count(module: ZooModule) -> Flops:
     other elementwise work are not (about 1 % at published widths). A sequence counts at the length of
     ``example_batch``.
     """
-    batch = module.model.example_batch(BATCH)
+    size = samples(module)
+    batch = module.model.example_batch(size)
     was = module.training
     module.train()
     forward = FlopCounterMode(display=False)
@@ -61,7 +68,7 @@ def count(module: ZooModule) -> Flops:
         loss.backward()  # type: ignore[no-untyped-call]
     module.zero_grad(set_to_none=True)
     module.train(was)
-    return Flops(frozen // BATCH, (both - frozen) // BATCH, backward.get_total_flops() // BATCH)
+    return Flops(frozen // size, (both - frozen) // size, backward.get_total_flops() // size)
 
 
 def count_recipe(recipe: Recipe) -> list[Flops]:

@@ -28,11 +28,13 @@ class Objective(nn.Module):
         momentum_rate: Decay of the momentum copy it learns from; None = it needs none.
         momentum: The run's copy, see ``zoo.objectives.momentum``; None where no objective needs one. It belongs to the
             module that trains, and is no submodule here.
+        parts: Equal parts that it cuts a batch into; a batch that they divide costs what a large one costs a sample.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     momentum_rate: float | None = None
     momentum: Momentum | None = None
+    parts: int = 1
 
     def prepare(self, model: Any, momentum: Momentum | None) -> None:
         """Called once, when model and objectives are joined, before training: make buffers of the model's sizes."""

@@ -92,6 +92,7 @@ class MaskedData(Objective):
     def __init__(self, config: MaskedDataConfig) -> None:
         super().__init__()
         self.config = config
+        self.parts = round(1 / config.share)
 
     def forward(
         self, model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
