@@ -46,6 +46,10 @@ class TextTokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
 
+    def special_id(self, name: str) -> int | None:
+        """Return the id of the special token that is spelled ``name``; None where the vocabulary has none."""
+        return None
+
     @abstractmethod
     def _definition(self) -> str:
         """Return everything that decides the ids, as text."""
@@ -116,6 +120,9 @@ class BpeTokenizer(TextTokenizer):
         if id is None:
             raise WeightsError(f"the tokenizer file lacks the special token {name}")
         return int(id)
+
+    def special_id(self, name: str) -> int | None:
+        return next((int(i) for i, t in self._bpe.get_added_tokens_decoder().items() if t.content == name), None)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         # one by one: encode_batch starts threads, which a later fork of data workers would complain about
@@ -262,6 +269,10 @@ class HfTokenizer(TextTokenizer):
             tokenizer.add_special_tokens({"additional_special_tokens": [config.image_token]})
             self.image_token_id = int(tokenizer.convert_tokens_to_ids(config.image_token))
         self.vocab_size = len(tokenizer)
+
+    def special_id(self, name: str) -> int | None:
+        id = self._hf.get_added_vocab().get(name)
+        return None if id is None else int(id)
 
     def _call(self, text: str, offsets: bool = False) -> Any:
         return self._hf(

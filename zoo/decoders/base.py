@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.layout import Layout, TokenBatch
+from zoo.layout import Layout, Segment, TokenBatch, lay_out
 from zoo.part import PartConfig
 
 
@@ -48,6 +49,16 @@ class Decoder(nn.Module):
             slots: [B, T] bool, True where a placeholder stands.
         """
         return layout
+
+    def grow(self, layout: Layout) -> Layout:
+        """The layout with one more token, which this decoder has just written; by default at the next position, of the
+        last segment and route."""
+        return layout.append(layout.names[-1])
+
+    def sketch(self, segments: Sequence[Segment]) -> Layout:
+        """The layout of a typical sequence as ``arrange`` makes it, for pictures: segments in order, those of images
+        named ``image``."""
+        return lay_out(segments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., width] -> logits [..., vocab_size]."""

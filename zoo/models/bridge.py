@@ -318,9 +318,9 @@ class Bridge(WritesText, Model):
         image = Segment("image", self.connector.tokens, "image", "causal")
         text = Segment("text", self.typical_targets, "text", "causal", predicted=True)
         if template(self.config.template).image_before_bos:
-            return {"decoder": lay_out([image, text])}
+            return {"decoder": self.decoder.sketch([image, text])}
         before = Segment("before", 1 if not template(self.config.template).system else TYPICAL_TEXT, "text", "causal")
-        return {"decoder": lay_out([before, image, text])}
+        return {"decoder": self.decoder.sketch([before, image, text])}
 
     @property
     def typical_targets(self) -> int:

@@ -52,7 +52,7 @@ def search(
     stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
     kept = max(2, 1 + len(stops)) * beams  # at least `beams` of them are no stops
     prompt = layout.real.sum(1).expand(batch) if whole else torch.zeros(batch, device=device)
-    cache, name = decoder.new_cache(), layout.names[-1]
+    cache = decoder.new_cache()
     hidden = decoder(TokenBatch(embeds, layout), cache, **context)[:, -1:]  # [B, 1, D]
     rows = torch.arange(batch, device=device)[:, None]  # [B, 1] number of a row's first beam in the cache
     layout = _repeated(layout, beams)
@@ -97,7 +97,7 @@ def search(
             seen = _pick(seen, from_beam).scatter(2, tokens[..., -1:], True)
         cache = decoder.select_cache(cache, (rows + from_beam).flatten())
         rows = torch.arange(batch, device=device)[:, None] * beams
-        layout = layout.append(name)
+        layout = decoder.grow(layout)
         fresh = decoder.embed(tokens[..., -1].reshape(-1, 1))  # [B * beams, 1, D]
         hidden = decoder(TokenBatch(fresh, layout), cache)[:, -1].unflatten(0, (batch, beams))
 

@@ -192,13 +192,12 @@ def stream(
     if decoding.temperature and generators is None:
         generators = streams(decoding.seed, 0, batch)
     stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
-    name = layout.names[-1]
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = decoder.new_cache()
     token: Tensor | None = None
     for step in range(min(decoding.max_new_tokens, room)):
         if token is not None:
-            layout = layout.append(name)
+            layout = decoder.grow(layout)
             embeds = decoder.embed(token[:, None])  # [B, 1, D]
         hidden = decoder(TokenBatch(embeds, layout), cache, **({} if step else reads))[:, -1]  # [B, D]
         logits = decoder.logits(hidden).float()  # [B, V]
