@@ -31,6 +31,22 @@ def from_transformers(config: Mapping[str, Any], folder: Path) -> Official:
     text = config.get("text_config") or {"model_type": "opt"}
     if "t5" in str(text.get("model_type")):
         raise WeightsError("config.json: BLIP-2 with an encoder-decoder language model (T5): the zoo reads OPT's")
+    encoder, connector = tower_fields(config, folder)
+    decoder = decoder_fields(text, folder)
+    image_id = config.get("image_token_index", config.get("image_token_id"))
+    values = {"encoder": encoder, "connector": connector, "decoder": decoder}
+    if image_id is not None:
+        values["wiring"] = {"image_id": int(image_id)}
+    recipe = resolve(PUBLISHED.get(decoder["width"], "blip2-opt"), values=values)
+    return Official(recipe=recipe, keymap=maps.HF, form="transformers blip-2")
+
+
+def tower_fields(config: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of encoder and connector for a ``config.json`` with ``vision_config`` and ``qformer_config``.
+
+    Raises:
+        WeightsError: What the zoo's EVA tower or Q-Former does not have.
+    """
     vision = {**VISION, **(config.get("vision_config") or {})}
     bert = {**QFORMER, **(config.get("qformer_config") or {})}
     if bert.get("use_qformer_text_input"):
@@ -63,13 +79,7 @@ def from_transformers(config: Mapping[str, Any], folder: Path) -> Official:
         "eps": float(bert.get("layer_norm_eps", 1e-12)),
         "input_eps": eps,  # transformers gives LAVIS' ln_vision the tower's eps
     }
-    decoder = decoder_fields(text, folder)
-    image_id = config.get("image_token_index", config.get("image_token_id"))
-    values = {"encoder": encoder, "connector": connector, "decoder": decoder}
-    if image_id is not None:
-        values["wiring"] = {"image_id": int(image_id)}
-    recipe = resolve(PUBLISHED.get(decoder["width"], "blip2-opt"), values=values)
-    return Official(recipe=recipe, keymap=maps.HF, form="transformers blip-2")
+    return encoder, connector
 
 
 def from_state(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:
