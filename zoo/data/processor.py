@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoo.data.images import ImageTransform, uniforms
 from zoo.data.sample import Sample
-from zoo.data.templates import IGNORE, Template, Turn, lay_out, template
+from zoo.data.templates import IGNORE, IMAGE, Template, Turn, lay_out, template
 from zoo.data.text import TextTokenizer
 from zoo.errors import ConfigError, DataError
 
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     ImageLike = Image.Image | Path | str
 
 Side = Literal["right", "left"]
+
+
+def images_of(sample: Sample) -> list[Any]:
+    """All images of a sample in the order its questions place them: ``meta["images"]``, else its one image or none."""
+    several = sample.meta.get("images")
+    return list(several) if several else [] if sample.image is None else [sample.image]
 
 
 class Processor(Protocol):
@@ -90,6 +96,16 @@ class _Base:
         if shown:
             values[[i for i, s in enumerate(samples) if s.image is not None]] = self.transform(shown, keys)
         return values
+
+    def _all_pixel_values(self, samples: Sequence[Sample], train: bool, draws: Sequence[int]) -> Tensor:
+        """Every image of every sample, in order: [N, 3, S, S]. An image after the first has augmentation of its own."""
+        shown = [
+            (s.id, d, n, image) for s, d in zip(samples, draws, strict=True) for n, image in enumerate(images_of(s))
+        ]
+        if not shown:
+            return torch.zeros(0, 3, self.transform.size, self.transform.size)
+        keys = [(self.seed, f"{id}#{n}" if n else id, d) for id, d, n, _ in shown] if train else None
+        return self.transform([image for *_, image in shown], keys)
 
     def _text(self, sample: Sample, train: bool, draw: int) -> str:
         """Return one text: drawn by (seed, id, draw) in training, the first in evaluation."""
@@ -178,9 +194,14 @@ class PromptProcessor(_Base):
         image_tokens: slots of one image.
         image_token_id: the placeholder; by default the tokenizer's. It may lie outside the vocabulary, as the model
             replaces the embedding of every slot.
-        max_length: rows are cut to this after the image is expanded; None never cuts.
+        max_length: training rows are cut to this after the images are expanded, longer prompts are refused; None
+            never cuts.
         padding: side of the pads in training and scoring rows; prompts to be continued are padded on the left.
-        prompt: the question where a sample or a call gives none.
+        prompt: the question where a sample or a call gives none; empty = one of the template's instructions.
+        preamble: write the template's system text.
+        instructed: tokenizer of a connector that reads the instruction (InstructBLIP); rows then have
+            ``instruction_ids`` [B, Tq] int64 and ``instruction_mask`` [B, Tq] bool.
+        instruction_length: most ids of an instruction, start and end included; cut from the left.
     """
 
     def __init__(
@@ -194,6 +215,9 @@ class PromptProcessor(_Base):
         padding: Side = "right",
         prompt: str = "",
         seed: int = 0,
+        preamble: bool = True,
+        instructed: TextTokenizer | None = None,
+        instruction_length: int = 128,
     ) -> None:
         super().__init__(transform, tokenizer, seed)
         placeholder = image_token_id if image_token_id is not None else tokenizer.image_token_id
@@ -209,6 +233,9 @@ class PromptProcessor(_Base):
         self.max_length = max_length
         self.padding: Side = padding
         self.prompt = prompt
+        self.preamble = preamble
+        self.instructed = instructed
+        self.instruction_length = instruction_length
 
     def __call__(
         self,
@@ -220,66 +247,141 @@ class PromptProcessor(_Base):
         """Return ``pixel_values [B, 3, S, S]`` and ``encode_rows`` of each sample's dialogue or one caption.
 
         Where some sample has no image its pixels are zeros, its row has no slots, and ``has_image [B]`` bool is added.
+        Where some sample has several (``images_of``), ``pixel_values [N, 3, S, S]`` are all images in order, and
+        ``has_image`` is not added.
         """
         draws = draws if draws is not None else [0] * len(samples)
         dialogues = [self._turns(s, train, d) for s, d in zip(samples, draws, strict=True)]
-        shown = [pixels is not None or s.image is not None for s in samples]
+        counts = [1 if pixels is not None else len(images_of(s)) for s in samples]
+        if max(counts, default=0) > 1 or any(s.meta.get("images") for s in samples):
+            return {
+                "pixel_values": self._all_pixel_values(samples, train, draws),
+                **self.encode_rows(dialogues, counts),
+            }
         batch = {"pixel_values": self._pixel_values(samples, train, draws, pixels)}
-        batch |= self.encode_rows(dialogues, shown)
-        if not all(shown):
-            batch["has_image"] = torch.tensor(shown)
+        batch |= self.encode_rows(dialogues, counts)
+        if not all(counts):
+            batch["has_image"] = torch.tensor([bool(c) for c in counts])
         return batch
 
     def _turns(self, sample: Sample, train: bool, draw: int) -> tuple[Turn, ...]:
         stored = sample.meta.get("turns")
         if not stored:
-            return ((self.prompt, self._text(sample, train, draw)),)
+            return ((self._question(sample, train, draw), self._text(sample, train, draw)),)
         turns = tuple((str(q), str(a)) for q, a in stored)
         if not self.layout.reads_questions:  # a caption stage keeps one answer an image
             return ((self.prompt, turns[0][1]),)
-        # LLaVA writes the image first whatever the data say (preprocess_multimodal)
-        first = turns[0][0]
-        return ((first.replace("<image>", "").strip() if "<image>" in first else first, turns[0][1]), *turns[1:])
+        return ((self.asked(turns[0][0], sample.meta.get("format")), turns[0][1]), *turns[1:])
+
+    def asked(self, question: str, form: str | None = None) -> str:
+        """The question as the template asks for an answer in a format (``short``, ``choice``, None)."""
+        return self.layout.asked(question, form)
+
+    def _question(self, sample: Sample, train: bool, draw: int) -> str:
+        """The question of a sample that has none: the prompt, else an instruction drawn by (seed, id, draw)."""
+        lines = self.layout.instructions
+        if self.prompt or not lines or not train:
+            return self.default_question
+        return lines[int(uniforms(1, "instruction", self.seed, sample.id, draw)[0] * len(lines))]
+
+    @property
+    def default_question(self) -> str:
+        """The question where a call gives none."""
+        return self.prompt or (self.layout.instructions[0] if self.layout.instructions else "")
 
     def encode_rows(
-        self, dialogues: Sequence[Sequence[Turn]], images: Sequence[bool] | None = None
+        self, dialogues: Sequence[Sequence[Turn]], images: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """Return padded rows.
 
         Args:
             dialogues: turns of (question, answer) a row.
-            images: whether a row shows an image; by default all do.
+            images: how many images a row shows; by default one each.
 
         Returns:
             ``input_ids [B, T]`` int64, ``attention_mask [B, T]`` bool, ``labels [B, T]`` int64 with -100 on
-            image slots, pads and prompts, and ``text_bytes [B]`` int64, the UTF-8 bytes of the answers.
+            image slots, pads and prompts, and ``text_bytes [B]`` int64, the UTF-8 bytes of the answers; instructions
+            where a connector reads them.
 
         Raises:
-            DataError: ``max_length`` cuts into the slots of an image.
+            DataError: ``max_length`` cuts into the slots of an image, or questions place another number of images.
         """
-        shown = images if images is not None else [True] * len(dialogues)
+        shown = images if images is not None else [1] * len(dialogues)
         rows = [self._cached(tuple(d), int(i)) for d, i in zip(dialogues, shown, strict=True)]
         return {
             **self._pad([r[0] for r in rows], [r[1] for r in rows], self.padding),
             "text_bytes": torch.tensor([sum(len((answer or "").encode()) for _, answer in d) for d in dialogues]),
+            **self._instructions(dialogues),
         }
 
-    def encode_texts(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Return ``encode_rows`` of one answer each; ``score_text`` sums over the places where labels are not -100."""
-        questions = prompts if prompts is not None else [self.prompt] * len(texts)
-        return self.encode_rows([((q, t),) for q, t in zip(questions, texts, strict=True)])
+    def encode_texts(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str | Sequence[Turn]] | None = None,
+        images: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return ``encode_rows`` of one answer each; ``score_text`` sums over the places where labels are not -100.
 
-    def encode_prompts(self, prompts: Sequence[str] | None, count: int, side: Side = "left") -> dict[str, Tensor]:
-        """Return ``input_ids [B, T]`` and ``attention_mask [B, T]`` of ``count`` rows that end where answers begin."""
-        questions = prompts if prompts is not None else [self.prompt] * count
-        rows = [self._cached(((q, None),), 1) for q in questions]
+        Args:
+            prompts: questions, or dialogues whose last turn lacks its answer, of which only the last is then trained.
+        """
+        asked = [self._dialogue(p) for p in prompts] if prompts is not None else [self._dialogue(None)] * len(texts)
+        rows = self.encode_rows([(*d[:-1], (d[-1][0], t)) for d, t in zip(asked, texts, strict=True)], images)
+        for i, dialogue in enumerate(asked):
+            if len(dialogue) > 1 or self.layout.trains_tag:  # what stands before the answer is given
+                before = len(self._cached(dialogue, 1 if images is None else int(images[i]))[0])
+                start = 0 if self.padding == "right" else int((~rows["attention_mask"][i]).sum())
+                rows["labels"][i, : start + before] = IGNORE
+        return rows
+
+    def encode_prompts(
+        self,
+        prompts: Sequence[str | Sequence[Turn]] | None,
+        count: int,
+        side: Side = "left",
+        images: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return ``input_ids [B, T]`` and ``attention_mask [B, T]`` of ``count`` rows that end where answers begin.
+
+        Args:
+            prompts: questions, or dialogues whose last turn lacks its answer.
+            images: how many images a row shows; by default one each.
+
+        Raises:
+            DataError: a prompt is longer than ``max_length``, or places another number of images.
+        """
+        asked = [self._dialogue(p) for p in prompts] if prompts is not None else [self._dialogue(None)] * count
+        shown = images if images is not None else [1] * count
+        rows = [self._cached(d, int(i)) for d, i in zip(asked, shown, strict=True)]
         padded = self._pad([r[0] for r in rows], [r[1] for r in rows], side)
-        return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+        del padded["labels"]
+        return {**padded, **self._instructions(asked)}
+
+    def _dialogue(self, prompt: str | Sequence[Turn] | None) -> tuple[Turn, ...]:
+        if prompt is None or isinstance(prompt, str):
+            return ((self.default_question if prompt is None else prompt, None),)
+        turns = tuple((str(q), None if a is None else str(a)) for q, a in prompt)
+        if not turns or turns[-1][1] is not None:
+            raise DataError("a dialogue to be continued must end with a question whose answer is None")
+        return turns
 
     def _encode_one(self, *key: Any) -> Any:
         turns, images = key
-        ids, labels = lay_out(self.layout, self.tokenizer, turns, images, self.image_tokens, self.image_token_id)
+        ids, labels = lay_out(
+            self.layout,
+            self.tokenizer,
+            turns,
+            images,
+            self.image_tokens,
+            self.image_token_id,
+            preamble=self.preamble,
+        )
         if self.max_length is not None and len(ids) > self.max_length:
+            if turns[-1][1] is None:
+                raise DataError(
+                    f"the prompt has {len(ids)} tokens, image tokens included, and the model reads {self.max_length}:"
+                    " shorten the prompt, or raise the decoder's context_length"
+                )
             if self.image_token_id in ids[self.max_length :]:
                 raise DataError(
                     f"max_length={self.max_length} cuts into the {self.image_tokens} slots of the image; raise it "
@@ -287,6 +389,23 @@ class PromptProcessor(_Base):
                 )
             ids, labels = ids[: self.max_length], labels[: self.max_length]
         return ids, labels
+
+    def _instructions(self, dialogues: Sequence[Sequence[Turn]]) -> dict[str, Tensor]:
+        """The first question of each row in the connector's vocabulary: later ones would tell of answers to come."""
+        if self.instructed is None:
+            return {}
+        rows = [self._instruction(dialogue[0][0].replace(IMAGE, " ").strip()) for dialogue in dialogues]
+        ids = torch.full((len(rows), max(map(len, rows), default=0)), self.instructed.pad_id)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = True
+        return {"instruction_ids": ids, "instruction_mask": mask}
+
+    def _instruction(self, text: str) -> list[int]:
+        assert self.instructed is not None
+        words = self.instructed.encode([text])[0][-(self.instruction_length - 2) :]
+        return [self.instructed.bos_id, *words, self.instructed.eos_id]
 
     def _pad(self, ids: list[list[int]], labels: list[list[int]], side: Side) -> dict[str, Tensor]:
         width = max(map(len, ids), default=0)
@@ -302,12 +421,26 @@ class PromptProcessor(_Base):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: EOS, and the last token of what the template writes after an answer."""
-        end = self.layout.answer.partition("{answer}")[2]
-        stops = {self.tokenizer.eos_id}
-        if end:
-            stops.add(self.tokenizer.encode([end])[0][-1])
-        return frozenset(stops)
+        """Ids that end an answer: EOS, and the template's stop text where it is one token."""
+        return frozenset({self.tokenizer.eos_id, *(s[0] for s in self._stops if len(s) == 1)})
+
+    @property
+    def stop_sequences(self) -> tuple[tuple[int, ...], ...]:
+        """Sequences of several ids that end an answer: the spellings of the template's stop text."""
+        return tuple(s for s in self._stops if len(s) > 1)
+
+    @cached_property
+    def _stops(self) -> tuple[tuple[int, ...], ...]:
+        """The stop text as a text of its own and as the end of a word, which tokenizers spell in two ways."""
+        stop = self.layout.stop
+        if not stop:
+            return ()
+        alone = self.tokenizer.encode([stop])[0]
+        if len(stop) == 1:
+            return ((alone[-1],),)
+        ids, spans = self.tokenizer.encode_with_offsets("a" + stop)
+        behind = [token for token, (start, _) in zip(ids, spans, strict=True) if start >= 1]
+        return tuple(sorted({tuple(alone), tuple(behind)}))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return a generated answer as text: up to the first stop, without special tokens and outer blanks."""
@@ -318,8 +451,7 @@ class PromptProcessor(_Base):
                 break
             kept.append(int(id))
         text = self.tokenizer.decode(kept)
-        end = self.layout.answer.partition("{answer}")[2]
-        return (text.split(end, 1)[0] if end else text).strip()
+        return (text.split(self.layout.stop, 1)[0] if self.layout.stop else text).strip()
 
 
 def describe(processor: PairProcessor | PromptProcessor) -> dict[str, Any]:
@@ -341,5 +473,9 @@ def describe(processor: PairProcessor | PromptProcessor) -> dict[str, Any]:
             "padding": processor.padding,
             "prompt": processor.prompt,
         }
+        if not processor.preamble:
+            about["preamble"] = False
+        if processor.instructed is not None:
+            about["instructed"] = [processor.instructed.fingerprint(), processor.instruction_length]
     plain: dict[str, Any] = json.loads(json.dumps(about))
     return plain
