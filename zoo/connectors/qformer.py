@@ -6,7 +6,10 @@ they, attend to the image; and queries and text share self-attention while each 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +17,22 @@ from torch import Tensor, nn
 from zoo.connectors.base import Connector, ConnectorConfig
 from zoo.errors import ConfigError
 from zoo.layout import MODALITIES, Layout, Segment, lay_out
-from zoo.nn import TokenEmbedding, Trunk, TrunkConfig, copy_expert_
+from zoo.layout_facts import Reads
+from zoo.nn import KVCache, TokenEmbedding, Trunk, TrunkConfig, copy_expert_
 from zoo.part import Features
 
 TEXT, QUERY = MODALITIES["text"], MODALITIES["image"]
 """Modality ids of the two kinds of rows, which are also the numbers of their feed-forward networks."""
+
+Rule = Literal["contrastive", "matching", "generation"]
+
+RULES: dict[Rule, dict[tuple[str, str], Reads]] = {
+    "contrastive": {("queries", "text"): "never", ("text", "queries"): "never"},
+    "matching": {("queries", "text"): "all", ("text", "queries"): "all"},
+    "generation": {("queries", "text"): "never", ("text", "queries"): "all"},
+}
+"""What queries and text read of each other: two that do not meet, both all of both, and a text that is written from
+the queries, where each token also reads those before it and the queries stay as they are without a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +53,9 @@ class QFormerConfig(ConnectorConfig):
         input_eps: Of that norm: 1e-5 in LAVIS, 1e-6 in the transformers port.
         text: Build the text branch (word and position embeddings, text feed-forward networks), for stage 1 and for
             connectors that read the instruction (InstructBLIP).
-        vocab_size: Of the text branch: BERT's and ``[DEC]``.
+        tokenizer: Of the text branch.
+        vocab_size: Rows of the text branch's embedding table, ``added`` ids included: BERT's and ``[DEC]``.
+        added: Ids behind those of the tokenizer; the last row is ``[DEC]``, which starts what is written.
         context_length: Text positions.
     """
 
@@ -54,7 +70,9 @@ class QFormerConfig(ConnectorConfig):
     input_norm: bool = True
     input_eps: float = 1e-5
     text: bool = False
+    tokenizer: str = "hf:google-bert/bert-base-uncased"
     vocab_size: int = 30523
+    added: int = 1
     context_length: int = 512
 
     def __post_init__(self) -> None:
@@ -62,6 +80,13 @@ class QFormerConfig(ConnectorConfig):
             raise ValueError("queries, width, depth, heads, ffn and cross_every must be 1 or more")
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}")
+        if not 0 <= self.added < self.vocab_size:
+            raise ValueError(f"added = {self.added} must be 0 or more and below vocab_size = {self.vocab_size}")
+
+    def scaled(self, sizes: Mapping[str, Any]) -> Self:
+        """As every part's; the ``added`` ids come on top of the scale's vocabulary, which is the tokenizer's."""
+        small = super().scaled(sizes)
+        return replace(small, vocab_size=sizes["vocab_size"] + self.added) if "vocab_size" in sizes else small
 
     def trunk(self, in_width: int) -> TrunkConfig:
         """The trunk's configuration over image tokens of ``in_width``."""
@@ -83,6 +108,7 @@ class QFormerConfig(ConnectorConfig):
         )
 
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> QFormer:
+        """Build it; ``out_width`` = 0 leaves the projection out, and the queries come at their own width."""
         return QFormer(self, in_width, out_width)
 
 
@@ -92,7 +118,7 @@ class QFormer(Connector):
     def __init__(self, config: QFormerConfig, in_width: int, out_width: int) -> None:
         super().__init__()
         self.config = config
-        self.width = out_width
+        self.width = out_width or config.width
         self.tokens = config.queries
         self.ln_vision = nn.LayerNorm(in_width, eps=config.input_eps) if config.input_norm else nn.Identity()
         self.query_tokens = nn.Parameter(torch.randn(1, config.queries, config.width) * 0.02)
@@ -104,7 +130,7 @@ class QFormer(Connector):
             self.text = TokenEmbedding(config.vocab_size, config.width, positions=config.context_length)
             if self.query_tokens.device.type != "meta":
                 copy_expert_(self.trunk, TEXT, QUERY)  # stage 1 starts the two feed-forward networks equal
-        self.proj = nn.Linear(config.width, out_width)
+        self.proj: nn.Module = nn.Linear(config.width, out_width) if out_width else nn.Identity()
 
     def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Features:
         """Word and position embeddings [B, T, width] of ids [B, T], before the embedding norm; positions start at 0.
@@ -123,6 +149,8 @@ class QFormer(Connector):
         *,
         queries: bool = True,
         layout: Layout | None = None,
+        rows: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The trunk's rows for [queries; text].
 
@@ -131,23 +159,39 @@ class QFormer(Connector):
             text: Embedded text from ``embed_text``.
             queries: Put the queries in front.
             layout: Who reads whom; by default everything real reads everything real (BLIP-2's matching rule).
+            rows: [B] int64, the image that each row of the batch reads where several read one; its own by default.
+            cache: Takes keys and values, and gives those of earlier rows; the layout then describes these too.
 
         Returns:
             [B, (queries) + T, width].
         """
-        context = None if image is None else self.ln_vision(image.tokens)  # [B, N, D_in]
-        given = image if image is not None else text
+        given = text if text is not None else image
         if given is None:
             raise ConfigError("the Q-Former was given neither an image nor a text")
         batch = given.tokens.shape[0]
-        rows = [self.query_tokens.to(given.tokens.dtype).expand(batch, -1, -1)] if queries else []
+        x = [self.query_tokens.to(given.tokens.dtype).expand(batch, -1, -1)] if queries else []
         if text is not None:
-            rows.append(text.tokens)
-        x = self.dropout(self.norm(torch.cat(rows, dim=1)))  # [B, Q + T, D]
+            x.append(text.tokens)
         if layout is None and self.config.text:
-            layout = self.layout(text, queries=queries, batch=batch, device=x.device)
+            layout = self.layout(text, queries=queries, batch=batch, device=given.tokens.device)
+        return self.read(torch.cat(x, dim=1), layout, image, rows=rows, cache=cache)
+
+    def read(
+        self,
+        x: Tensor,
+        layout: Layout | None,
+        image: Features | None = None,
+        *,
+        rows: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The trunk's rows [B, T, width] for embedded rows [B, T, width], before the embedding norm; see ``hidden``."""
+        context = None if image is None else self.ln_vision(image.tokens)  # [B, N, D_in]
         mask = None if image is None else image.mask
-        out = self.trunk(x, layout, context=context, context_mask=mask)
+        if mask is not None and rows is not None:
+            mask = mask[rows]
+        x = self.dropout(self.norm(x))
+        out = self.trunk(x, layout, context=context, context_rows=rows, context_mask=mask, cache=cache)
         assert isinstance(out, Tensor)
         return out
 
@@ -158,19 +202,41 @@ class QFormer(Connector):
         queries: bool = True,
         batch: int = 1,
         device: torch.device | str | None = None,
+        rule: Rule = "matching",
     ) -> Layout:
-        """The default layout of [queries; text]: all real rows read all real rows."""
+        """The layout of [queries; text], one table a task (section 3.1 of the paper): see ``RULES``.
+
+        A text alone, or queries alone, are what is left of any of them. Positions count the text's real tokens from 0;
+        the queries have -1.
+        """
         count = self.tokens if queries else 0
         length = 0 if text is None else text.tokens.shape[1]
         segments = [Segment("queries", count, modality=QUERY, attends="full")] if queries else []
         if text is not None:
-            segments.append(Segment("text", length, modality=TEXT, attends="full"))
-        real = None
+            attends: Literal["full", "causal"] = "causal" if rule == "generation" else "full"
+            segments.append(Segment("text", length, TEXT, attends, predicted=rule == "generation"))
+        real, place = None, torch.arange(-count, length, device=device).clamp(min=-1)[None]
         if text is not None and text.mask is not None:
-            real = torch.cat([text.mask.new_ones(batch, count), text.mask], dim=1).bool()
-        both = {("queries", "text"): "all", ("text", "queries"): "all"} if queries and text is not None else None
-        return lay_out(segments, batch, real=real, relation=both, device=device)  # type: ignore[arg-type]
+            mask = text.mask.bool()
+            real = torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
+            counted = (mask.long().cumsum(1) - 1).clamp(min=0)
+            place = torch.cat([place[:, :count].expand(len(mask), -1), counted], dim=1)
+        both = queries and text is not None
+        return lay_out(
+            segments, batch, real=real, relation=RULES[rule] if both else None, position=place, device=device
+        )
 
     def forward(self, features: Features, text: Features | None = None) -> Features:
         rows = self.hidden(features, text)[:, : self.tokens]  # [B, Q, width]
         return Features(self.proj(rows))
+
+    def adopt(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a Q-Former that has a text branch where this one has none, or has none where this one has,
+        under this one's names: the queries' feed-forward network is the second of two, or the only one."""
+        branched = any(".ffn.1." in name for name in stored)
+        if branched == self.config.text:
+            return dict(stored)
+        if self.config.text:  # both start from the queries', as stage 1 starts them equal
+            two = [(re.sub(r"\.(ffn|ffn_norm)\.", rf".\1.{i}.", n), t) for n, t in stored.items() for i in (0, 1)]
+            return dict(two)
+        return {re.sub(r"\.(ffn|ffn_norm)\.1\.", r".\1.", name): tensor for name, tensor in stored.items()}

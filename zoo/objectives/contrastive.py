@@ -28,12 +28,15 @@ class ContrastiveConfig(ObjectiveConfig):
             the same loss and gradient as one process, and the least work), ``full`` (every rank computes the whole
             matrix), ``none`` (own rank only).
         label_smoothing: Mass spread evenly over the batch; CLIP uses none.
-        clamp: Keep the temperature's logarithm in [0, ln 100] after each step; VLMo does not.
+        clamp: Keep the temperature's logarithm in [0, ln 100] after each step; VLMo and BLIP-2 do not.
+        keys_learn: What a row is compared with has a gradient too. BLIP-2's release gathers without one, the own rows
+            included: images then learn from image-to-text alone, and texts from text-to-image.
     """
 
     gather: str = "local"
     label_smoothing: float = 0.0
     clamp: bool = True
+    keys_learn: bool = True
 
     def __post_init__(self) -> None:
         if self.gather not in GATHERS:
@@ -84,8 +87,19 @@ def gather_rows(rows: Tensor) -> Tensor:
     return out
 
 
+def similarities(images: Tensor, texts: Tensor) -> Tensor:
+    """Products [N, M] of vectors [N, D] and [M, D]; where one side has several, [N, Q, D], the greatest of them.
+
+    BLIP-2 compares an image's 32 queries with a text so (arXiv 2301.12597, section 3.1).
+    """
+    if images.ndim == 3:
+        return torch.einsum("nqd,md->nmq", images, texts).max(-1).values
+    return similarities(texts, images).T if texts.ndim == 3 else images @ texts.T
+
+
 class Contrastive(Objective):
-    """Mean of the image-to-text and the text-to-image cross-entropy; pairs stand on the diagonal."""
+    """Mean of the image-to-text and the text-to-image cross-entropy; pairs stand on the diagonal, and with
+    ``image_ids`` [B] in the batch all pairs of one image are right to equal parts."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"image_embeds", "text_embeds", "logit_scale"})
     prefix: ClassVar[str] = ""  # of the outputs and of the model's temperature
@@ -93,6 +107,7 @@ class Contrastive(Objective):
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()
         self.clamp = config.clamp
+        self.keys_learn = config.keys_learn
         self.gather = config.gather
         self.label_smoothing = config.label_smoothing
 
@@ -100,7 +115,7 @@ class Contrastive(Objective):
         self, model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss from ``image_embeds`` and ``text_embeds`` [B, D] of unit length and ``logit_scale``, a
-        logarithm.
+        logarithm. An image may have several vectors [B, Q, D], of which the nearest to a text counts.
 
         Returns:
             The loss in nats, and ``logit_scale`` (the factor itself) and ``image_to_text_accuracy`` in [0, 1].
@@ -112,17 +127,24 @@ class Contrastive(Objective):
             scale = outputs[f"{self.prefix}logit_scale"].float().exp()
             several = self.gather != "none" and dist.is_available() and dist.is_initialized()
             first = 0
+            ids = all_ids = batch.get("image_ids")
             all_images, all_texts = images, texts
             if several and dist.get_world_size() > 1:
                 all_images, all_texts = gather_rows(images), gather_rows(texts)
+                all_ids = None if ids is None else gather_rows(ids)
                 if self.gather == "full":
-                    images, texts = all_images, all_texts
+                    images, texts, ids = all_images, all_texts, all_ids
                 else:
                     first = dist.get_rank() * images.shape[0]
-            logits_per_image = scale * images @ all_texts.T  # [B, R*B]
-            logits_per_text = scale * texts @ all_images.T
-            labels = torch.arange(first, first + images.shape[0], device=images.device)
-            loss = (self._cross_entropy(logits_per_image, labels) + self._cross_entropy(logits_per_text, labels)) / 2
+            if not self.keys_learn:
+                all_images, all_texts = all_images.detach(), all_texts.detach()
+            logits_per_image = scale * similarities(images, all_texts)  # [B, R*B]
+            logits_per_text = scale * similarities(texts, all_images)
+            labels = targets = torch.arange(first, first + images.shape[0], device=images.device)
+            if ids is not None and all_ids is not None:
+                same = (ids[:, None] == all_ids).float()
+                targets = same / same.sum(1, keepdim=True)
+            loss = (self._cross_entropy(logits_per_image, targets) + self._cross_entropy(logits_per_text, targets)) / 2
         hits = (logits_per_image.detach().argmax(1) == labels).float().mean()
         return loss, {"logit_scale": scale.detach(), "image_to_text_accuracy": hits}
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.objectives.base import Objective, full_precision
-from zoo.objectives.contrastive import gather_rows
+from zoo.objectives.contrastive import gather_rows, similarities
 from zoo.objectives.momentum import gathered, own_rows
 from zoo.part import Features
 from zoo.recipe import ObjectiveConfig
 
 SIMILARITIES = ("momentum", "online")
+EXCLUDED = ("after", "before")
 NONE = -100
 
 
@@ -31,12 +32,15 @@ class MatchingConfig(ObjectiveConfig):
             keys (ALBEF, BLIP's pre-training) where a run has one, ``online`` with the model's own (BLIP's retrieval).
         floor: Added to the sampling weights after the softmax, so that no row underflows to zero; BLIP's fix, which
             ALBEF's release lacks (models/blip_pretrain.py).
+        exclude: Leave the own pair out of the sampling weights ``after`` the softmax (ALBEF, BLIP) or ``before`` it
+            (BLIP-2), where nothing can underflow.
         gather: Draw negatives from the batch of every rank, as one process with the whole batch would; False draws
             within a rank, as ALBEF's release does.
     """
 
     similarity: str = "momentum"
     floor: float = 1e-4
+    exclude: str = "after"
     gather: bool = True
 
     def __post_init__(self) -> None:
@@ -44,6 +48,8 @@ class MatchingConfig(ObjectiveConfig):
             raise ValueError(f"similarity = {self.similarity!r} must be one of {', '.join(SIMILARITIES)}")
         if self.floor < 0:
             raise ValueError(f"floor = {self.floor} must not be negative")
+        if self.exclude not in EXCLUDED:
+            raise ValueError(f"exclude = {self.exclude!r} must be one of {', '.join(EXCLUDED)}")
 
     def check_batch(self, batch_size: int) -> None:
         """Refuse a batch without any negative."""
@@ -59,6 +65,8 @@ class MatchingConfig(ObjectiveConfig):
 class Matching(Objective):
     """Cross-entropy of "match" (1) or not (0) over 3B pairs: the B given ones, each text with a drawn image, each image
     with a drawn text.
+
+    Where the model's texts for it are not the batch's ``input_ids``, its outputs have ``text_ids`` and ``text_mask``.
 
     It calls ``model.fuse(Features(image tokens), input_ids, attention_mask)``, with ``text_tokens`` where the model's
     outputs have them and with ``rows`` where it ``shares_images``, and ``model.matching_logits(fused)`` [N, 2]. The
@@ -81,8 +89,9 @@ class Matching(Objective):
             The loss in nats, and ``accuracy`` in [0, 1]; always answering "no" has 2/3.
         """
         images = outputs["image_tokens"]  # [B, N, D]
-        ids = batch["input_ids"]
-        mask = batch.get("attention_mask")
+        own_ids = "text_ids" in outputs
+        ids = outputs["text_ids"] if own_ids else batch["input_ids"]
+        mask = outputs["text_mask"] if own_ids else batch.get("attention_mask")
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         other_image, other_text, found = self._negatives(batch, outputs)
         pool = {"images": images, "ids": ids, "mask": mask}
@@ -142,7 +151,10 @@ class Matching(Objective):
         both = []
         for mine, name in ((texts, "image_embeds"), (images, "text_embeds")):
             with full_precision(mine):
-                weights = (scale * mine @ keys[name].T).softmax(-1) + self.config.floor
+                logits = scale * similarities(mine, keys[name])
+                if self.config.exclude == "before":
+                    logits = logits.masked_fill(same, -1e4)
+                weights = logits.softmax(-1) + self.config.floor
             both.append(weights.masked_fill(same, 0.0))
         return both[0], both[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,13 @@ class NextTokenConfig(ObjectiveConfig):
         label_smoothing: Mass spread evenly over the vocabulary.
         z_loss: Factor of the mean squared log-partition, which keeps logits from drifting (PaLM, arXiv 2204.02311,
             section 5).
+        part: What writes, a part of the model: ``decoder``, or ``writer``, BLIP-2's Q-Former as a language model.
+            The outputs of any but the decoder carry its name, as ``writer_hidden`` and ``writer_targets``.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    part: str = "decoder"
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
@@ -45,12 +48,17 @@ class NextToken(Objective):
     that is connected to the graph.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
-
     def __init__(self, config: NextTokenConfig) -> None:
         super().__init__()
+        self.part = config.part
+        self.prefix = "" if config.part == "decoder" else f"{config.part}_"
         self.label_smoothing = config.label_smoothing
         self.z_loss = config.z_loss
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """``hidden`` and ``targets`` of the part that writes."""
+        return frozenset({f"{self.prefix}hidden", f"{self.prefix}targets"})
 
     def forward(
         self, model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
@@ -62,14 +70,14 @@ class NextToken(Objective):
         the batch says how many bytes of text the targets stand for (``text_bytes`` [B]); all targets count, also a BOS
         that is one (BLIP-2), which ``score_text`` leaves out.
         """
-        hidden, targets = outputs["hidden"], outputs["targets"]
+        hidden, targets = outputs[f"{self.prefix}hidden"], outputs[f"{self.prefix}targets"]
         kept = targets != -100  # [B, T]
         if targets.is_meta:  # counting FLOPs, where values cannot be seen: as many targets as the model calls typical
-            typical = getattr(model, "typical_targets", targets.shape[1])
+            typical = getattr(model, f"{self.prefix}typical_targets", targets.shape[1])
             chosen, wanted = hidden[:, -typical:].flatten(0, 1), targets[:, -typical:].flatten()
         else:
             chosen, wanted = hidden[kept], targets[kept]  # [M, D], [M]
-        logits = model.decoder.logits(chosen).float()  # [M, V]
+        logits = getattr(model, self.part).logits(chosen).float()  # [M, V]
         sizes = torch.stack([kept.sum(), batch["text_bytes"].sum() if "text_bytes" in batch else kept.sum()])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sizes, op=dist.ReduceOp.SUM)
