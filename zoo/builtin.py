@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.builtin_coca import COCA
+from zoo.builtin_t5 import T5
 from zoo.plugin import Plugin
 from zoo.registry import Component
 
@@ -477,6 +478,6 @@ TASKS = (
 
 PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *TRUNKS, *TOKENIZERS, *IMAGE_TOKENIZERS)
 
-WIRED = (*TOWERS, *COCA, *BRIDGE, *EXPERTS, *MASKED_EXPERTS, *AUTOENCODER, *FUSION)
+WIRED = (*TOWERS, *COCA, *BRIDGE, *T5, *EXPERTS, *MASKED_EXPERTS, *AUTOENCODER, *FUSION)
 
 PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *DATA, *TASKS))

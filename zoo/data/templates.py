@@ -219,6 +219,25 @@ TEMPLATES: dict[str, Template] = {
             instructions=_CAPTIONS,
             formats={SHORT: "Question: {question} Short answer:", CHOICE: "Question: {question} Short answer:"},
         ),
+        # BLIP-2 with FlanT5: T5's encoder reads slots, the caption's start or a question, and EOS (zoo.data.prefix)
+        Template(
+            name="prefix",
+            image_before_bos=True,
+            answer="{answer}",
+            eos=True,
+            formats={SHORT: "Question: {question} Short answer:"},
+        ),
+        # InstructBLIP with FlanT5 (blip2_t5_instruct.py): 128 tokens of instruction, 256 of answer, with their EOS
+        Template(
+            name="prefix_instructblip",
+            image_before_bos=True,
+            answer="{answer}",
+            eos=True,
+            question_tokens=127,
+            answer_tokens=256,
+            instructions=_CAPTIONS,
+            formats={SHORT: "Question: {question} Short answer:", CHOICE: "Question: {question} Short answer:"},
+        ),
     )
 }
 

@@ -35,6 +35,7 @@ FILES: dict[str, str] = dict.fromkeys(
 )
 FILES |= dict.fromkeys(("llava", "llava-1.5", "llava-1.5-13b"), "zoo.weights.formats.llava:from_state")
 FILES |= dict.fromkeys(("blip2-opt", "blip2-opt-6.7b"), "zoo.weights.formats.blip2:from_state")
+FILES |= dict.fromkeys(("blip2-flan-t5", "blip2-flan-t5-xxl"), "zoo.weights.formats.blip2:from_state")
 FILES |= dict.fromkeys(("coca", "coca-vit-l-14"), "zoo.weights.formats.coca:from_state")
 FILES |= dict.fromkeys(("vlmo", "vlmo-base-plus", "vlmo-large"), "zoo.weights.formats.vlmo:from_state")
 FILES |= dict.fromkeys(

@@ -23,14 +23,16 @@ QFORMER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 1
 
 
 def from_transformers(config: Mapping[str, Any], folder: Path) -> Official:
-    """A folder of ``Blip2ForConditionalGeneration`` with a decoder-only language model.
+    """A folder of ``Blip2ForConditionalGeneration``; see ``blip2_t5`` for an encoder-decoder language model.
 
     Raises:
-        WeightsError: FlanT5, or a Q-Former with a text branch.
+        WeightsError: A Q-Former with a text branch.
     """
     text = config.get("text_config") or {"model_type": "opt"}
     if "t5" in str(text.get("model_type")):
-        raise WeightsError("config.json: BLIP-2 with an encoder-decoder language model (T5): the zoo reads OPT's")
+        from zoo.weights.formats import blip2_t5
+
+        return blip2_t5.from_transformers(config, folder)
     encoder, connector = tower_fields(config, folder)
     decoder = decoder_fields(text, folder)
     image_id = config.get("image_token_index", config.get("image_token_id"))
@@ -91,7 +93,8 @@ def from_state(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:
         return None
     encoder: Any = recipe.parts["encoder"][1]
     theirs = not any(name.startswith(("Qformer.", "visual_encoder.")) for name in state)
-    keymap = maps.HF if theirs else maps.lavis(encoder.depth, encoder.depth + 1)
+    language = "t5" if recipe.wiring[0] == "bridge-seq2seq" else "opt"
+    keymap = maps.HF if theirs else maps.lavis(encoder.depth, encoder.depth + 1, language)
     mapped, _ = keymap.load(state)
     held = {name.split(".")[0] for name in mapped}
     new = [f"{slot}.{{**}}" for slot in ("encoder", "decoder") if slot not in held]

@@ -1,4 +1,4 @@
-"""BLIP-2 with OPT, stage 2: transformers' and LAVIS' names to a bridge's."""
+"""BLIP-2, stage 2: transformers' and LAVIS' names to a bridge's."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ HF = (
         rename("language_model.{**}", "decoder.lm.{**}"),
     )
 )
-"""``Blip2ForConditionalGeneration`` with OPT."""
+"""``Blip2ForConditionalGeneration``, whose language model keeps its own names."""
 
 
-def lavis(depth: int, blocks: int) -> KeyMap:
-    """The map of LAVIS' ``Blip2OPT``.
+def lavis(depth: int, blocks: int, language: str = "opt") -> KeyMap:
+    """The map of LAVIS' ``Blip2OPT`` and, with ``language="t5"``, ``Blip2T5``.
 
     Args:
         depth: Blocks of the image tower that are kept; the last of the ``blocks`` in a file of EVA-CLIP is not.
@@ -61,8 +61,8 @@ def lavis(depth: int, blocks: int) -> KeyMap:
         )
         + qformer.keymap(lavis=True).under("Qformer.bert.", "connector.")
         + KeyMap(
-            rename("opt_proj.{p}", "connector.proj.{p}"),
-            rename("opt_model.{**}", "decoder.lm.{**}"),
+            rename(f"{language}_proj.{{p}}", "connector.proj.{p}"),
+            rename(f"{language}_model.{{**}}", "decoder.lm.{**}"),
         )
     )
 
