@@ -87,6 +87,7 @@ def from_pretrained(
 
     network, recipe, report = load_model(str(path), model=model, changes=changes or None, seed=seed, strict=strict)
     module = ZooModule(network, recipe)
+    network.reconfigure(recipe.stage_wiring(-1))  # a new module stands at its first stage, this model is finished
     module.load_report = report  # type: ignore[assignment]
     return module.eval()
 

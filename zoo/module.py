@@ -110,6 +110,7 @@ class ZooModule(LightningModule):
             raise ConfigError(
                 f"stage {stage.name!r} trains {', '.join(stage.train)}: nothing in {self.recipe.name} would learn"
             )
+        self.model.reconfigure(self.recipe.stage_wiring(index))
         self.active = [name for name in self.recipe.objectives if not stage.objectives or name in stage.objectives]
         self.train(self.training)
 

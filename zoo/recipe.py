@@ -40,9 +40,11 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class WiringConfig(PartConfig):
-    """Base of the wirings' configuration: ``slots`` are the part kinds it joins."""
+    """Base of the wirings' configuration: ``slots`` are the part kinds it joins, ``per_stage`` the fields that a stage
+    of training may set for itself, because no weight depends on them."""
 
     slots: ClassVar[tuple[str, ...]] = ()
+    per_stage: ClassVar[frozenset[str]] = frozenset()
 
     def build(self, parts: Mapping[str, tuple[str, Any]], seed: int) -> Any:
         """Build the parts, each within ``zoo.part.seeded(seed, slot)``, and join them: a ``zoo.models.base.Model``."""
@@ -107,6 +109,9 @@ class Stage(PartConfig):
         objectives: Names of the recipe's objectives this stage uses; empty = all.
         share: Part of the run's budget, relative to the other stages.
         optimizer: Fields of the recipe's optimizer that differ in this stage.
+        lr: Path of something that learns -> its own peak learning rate, on the stage's schedule; the longest path wins.
+        wiring: Fields of the wiring that differ in this stage, of its ``per_stage`` (the prompt template). A finished
+            model keeps those of the last stage.
     """
 
     name: str
@@ -115,6 +120,13 @@ class Stage(PartConfig):
     objectives: list[str] = field(default_factory=list)
     share: float = 1.0
     optimizer: dict[str, Any] = field(default_factory=dict)
+    lr: dict[str, float] = field(default_factory=dict)
+    wiring: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = next((path for path, rate in self.lr.items() if rate <= 0), None)
+        if wrong is not None:
+            raise ValueError(f"lr of {wrong!r} = {self.lr[wrong]} must be above 0")
 
 
 JOINT = Stage(name="joint")
@@ -166,6 +178,17 @@ class Recipe:
         )
         return config
 
+    def stage_wiring(self, index: int) -> WiringConfig:
+        """The wiring of a stage, its own fields over the recipe's; -1 is what a finished model has."""
+        (name, config), stage = self.wiring, self.stages[index]
+        for key in stage.wiring:
+            if key not in config.per_stage:
+                raise ConfigError(f"stage {stage.name!r} sets wiring.{key}, which a stage of {name!r} cannot")
+        if not stage.wiring:
+            return config
+        own: WiringConfig = parse(type(config), {**to_plain(config), **stage.wiring}, f"stages.{index}.wiring")
+        return own
+
     def to_plain(self) -> dict[str, Any]:
         """JSON-like form, the content of recipe.json: every field written out: a new default changes no checkpoint."""
         return {
@@ -175,7 +198,8 @@ class Recipe:
             "wiring": {"name": self.wiring[0], **to_plain(self.wiring[1])},
             **{slot: {"name": name, **to_plain(config)} for slot, (name, config) in self.parts.items()},
             "objective": {name: to_plain(config) for name, config in self.objectives.items()},
-            "stages": [to_plain(stage) for stage in self.stages],
+            # an empty wiring or lr is left out: runs made before stages had one keep their hash
+            "stages": [{k: v for k, v in to_plain(s).items() if v or k not in ("wiring", "lr")} for s in self.stages],
             "optimizer": to_plain(self.optimizer),
             "changed": [list(pair) for pair in self.changed],
         }
@@ -441,11 +465,18 @@ def _resolve(
         "optimizer",
     )
     stages = _stages(values.get("stages") or file.body.get("stages"))
-    if scale.optimizer or optimizer_user:  # a stage's published optimizer gives way to the scale's and to the user's
-        fixed = {*scale.optimizer, *optimizer_user} if "stages" not in values else set(optimizer_user)
-        stages = tuple(
-            dataclasses.replace(s, optimizer={k: v for k, v in s.optimizer.items() if k not in fixed}) for s in stages
+    # a published stage gives way to the scale's optimizer and to what the user wrote
+    fixed = {*scale.optimizer, *optimizer_user} if "stages" not in values else set(optimizer_user)
+    said = set(values.get("wiring") or {}) if "stages" not in values else set()
+    stages = tuple(
+        dataclasses.replace(
+            s,
+            optimizer={k: v for k, v in s.optimizer.items() if k not in fixed},
+            lr={} if "lr" in fixed else s.lr,
+            wiring={k: v for k, v in s.wiring.items() if k not in said},
         )
+        for s in stages
+    )
     return _checked(
         Recipe(
             model=model,
@@ -466,4 +497,5 @@ def _checked(recipe: Recipe) -> Recipe:
             if name not in recipe.objectives:
                 raise ConfigError(f"stage {stage.name!r} uses objective {name!r}{near(name, recipe.objectives)}")
         recipe.stage_optimizer(index)
+        recipe.stage_wiring(index)
     return recipe

@@ -52,6 +52,10 @@ class Model(nn.Module):
             features: Features = encoder(pixel_values)
         return features
 
+    def reconfigure(self, config: Any) -> None:
+        """Go on with a wiring configuration that differs in ``per_stage`` fields only (a stage's); no weight depends
+        on them."""
+
     @property
     def processor(self) -> Any:
         """The ``zoo.data.processor`` object that turns samples into ``forward``'s batch; made on first use."""

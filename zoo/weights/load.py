@@ -78,6 +78,7 @@ def load_model(
     _refuse_unknown(checkpoint, changes or {})
     recipe = stored.with_(**dict(changes)) if changes else stored
     network: Model = recipe.wiring[1].build(recipe.parts, seed)
+    network.reconfigure(recipe.stage_wiring(-1))
     report = _fill(network, checkpoint, _touched(stored, recipe), strict)
     saved = checkpoint.folder / TOKENIZER
     if saved.is_dir() and hasattr(type(network), "tokenizer") and _same_tokenizer(stored, recipe):
