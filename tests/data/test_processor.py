@@ -129,8 +129,9 @@ def test_prompts_to_continue_are_the_rows_up_to_the_answer_and_padded_on_the_lef
             row = rows["input_ids"][i][rows["attention_mask"][i]]
             label = rows["labels"][i][rows["attention_mask"][i]]
             assert row[: len(begin)].tolist() == begin.tolist()
-            assert (label[: len(begin)] == -100).all()
-            assert (label[len(begin) :] == row[len(begin) :]).all()
+            asked = len(begin) - bool(TEMPLATES[name].mask)  # BOS behind a mask is a target
+            assert (label[:asked] == -100).all()
+            assert (label[asked:] == row[asked:]).all()
         assert prompts["attention_mask"][:, -1].all()
         assert not prompts["attention_mask"][0, 0]
 

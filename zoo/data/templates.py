@@ -48,6 +48,10 @@ class Template:
         answer_tokens: most tokens of an answer with its end, cut from the right; 0 = no limit. As above.
         reads_questions: False drops the questions of training samples (a caption stage keeps only the answers).
         trains_bos: BOS is trained where the answer follows it at once.
+        between: text between an answer and the next question; never trained.
+        last_only: only the last answer is trained, ended and tokenised on its own; the turns before it are one text.
+        mask: special token before the last answer; BOS, which is trained, stands behind it and not at the start of the
+            row (GLM's ``[gMASK]`` and sop). It is written as text where the vocabulary lacks it.
         instructions: questions to draw from where a sample has none; the first is the default of a call.
         formats: response format -> text around the first question of a sample that asks for it.
     """
@@ -73,6 +77,9 @@ class Template:
     answer_tokens: int = 0
     reads_questions: bool = True
     trains_bos: bool = False
+    between: str = ""
+    last_only: bool = False
+    mask: str = ""
     instructions: tuple[str, ...] = ()
     formats: Mapping[str, str] = field(default_factory=dict)
 
@@ -146,6 +153,16 @@ def _minigpt4(name: str, **pieces: object) -> Template:
         "instructions": _ALIGNMENT,
     }
     return Template(name=name, **{**fields, **pieces})  # type: ignore[arg-type]
+
+
+def _cogvlm(form: str, **pieces: str) -> Template:
+    fields = {"name": f"cogvlm_{form}", "answer": "{answer}", **pieces}
+    return Template(eos=True, joined=False, last_only=True, **fields)  # type: ignore[arg-type]
+
+
+def _visualglm(name: str, question: str) -> Template:
+    pieces = {"image": "<img><image></img>", "answer": "{answer}", "between": "\n", "mask": "[gMASK]"}
+    return Template(name=name, question=question, eos=True, last_only=True, **pieces)  # type: ignore[arg-type]
 
 
 TEMPLATES: dict[str, Template] = {
@@ -238,6 +255,14 @@ TEMPLATES: dict[str, Template] = {
             instructions=_CAPTIONS,
             formats={SHORT: "Question: {question} Short answer:", CHOICE: "Question: {question} Short answer:"},
         ),
+        # CogVLM by checkpoint (template_version of the hub's config.json); a question asks for one answer
+        _cogvlm("base"),
+        _cogvlm("chat", question=" [INST] {question} [/INST] "),
+        _cogvlm("vqa", question="Question: {question} Short answer:"),
+        _cogvlm("chat_old", question="Question: {question} Answer:", between="\n"),
+        # VisualGLM in its two languages: the dialogue is the prefix, then [gMASK], sop, the answer
+        _visualglm("visualglm", "Q:{question}\nA:"),
+        _visualglm("visualglm_zh", "问：{question}\n答："),
     )
 }
 
@@ -342,10 +367,14 @@ def lay_out(
     system = template.system if preamble else ""
     bare = not system and not turns[0][0] and not template.question.replace("{question}", "")
     bos = [tokenizer.eos_id if template.bos == "eos" else tokenizer.bos_id]
-    row.special(bos, trained=template.trains_bos and bare and turns[0][1] is not None)
+    if not template.mask:
+        row.special(bos, trained=template.trains_bos and bare and turns[0][1] is not None)
     if "{system}" not in template.question:
         row.text(system)
     for number, (question, answer) in enumerate(turns):
+        last = number == len(turns) - 1
+        if number:
+            row.text(template.between)
         if number and template.turn_bos:
             row.special(bos)
         pattern = template.question.replace("{system}", "" if number else system)
@@ -366,15 +395,22 @@ def lay_out(
             row.text(text)
         row.text(after)
         row.text(template.tag, template.trains_tag)
-        if not template.joined:
+        apart = not template.joined and (last or not template.last_only)
+        if apart:
             row.flush(most=-template.question_tokens)
+        if last and template.mask:
+            known = tokenizer.special_id(template.mask)
+            row.text(template.mask if known is None else "")
+            row.special([] if known is None else [known])
+            row.special(bos, trained=answer is not None)
         if answer is None:
-            if number != len(turns) - 1:
+            if not last:
                 raise DataError(f"turn {number + 1} of {len(turns)} has no answer; only the last may lack one")
             break
-        row.text(template.answer.replace("{answer}", answer), True)
-        if template.eos or not template.joined:
-            row.flush([tokenizer.eos_id] if template.eos else [], template.answer_tokens)
+        learned = last or not template.last_only
+        row.text(template.answer.replace("{answer}", answer), learned)
+        if (template.eos and learned) or apart:
+            row.flush([tokenizer.eos_id] if template.eos and learned else [], template.answer_tokens)
     else:
         row.text(template.end, True)
     row.flush()
