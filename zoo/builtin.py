@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from zoo.builtin_blip2 import BLIP2
 from zoo.builtin_coca import COCA
+from zoo.builtin_cogvlm import COGVLM
+from zoo.builtin_glm import GLM
+from zoo.builtin_language import LANGUAGE
+from zoo.builtin_scenes import SCENES
 from zoo.builtin_t5 import T5
 from zoo.plugin import Plugin
 from zoo.registry import Component
@@ -103,53 +108,7 @@ CONNECTORS = tuple(
 )
 
 
-def _lm(name: str, summary: str, **preset: Any) -> Component:
-    ref = "zoo.decoders.causal_lm:CausalLMConfig"
-    return Component(kind="decoder", name=name, ref=ref, preset=preset, summary=summary)
-
-
-_OPT: dict[str, Any] = {
-    "family": "opt",
-    "depth": 32,
-    "heads": 32,
-    "vocab_size": 50272,
-    "context_length": 2048,
-    "dropout": 0.1,
-}
-_VICUNA: dict[str, Any] = {
-    "family": "llama", "kv_heads": 0, "vocab_size": 32000, "context_length": 2048, "options": {"rms_norm_eps": 1e-5},
-}  # fmt: skip
-
 DECODERS = (
-    _lm("opt-2.7b", "OPT-2.7B", width=2560, ffn=10240, tokenizer="hf:facebook/opt-2.7b", **_OPT),
-    _lm("opt-6.7b", "OPT-6.7B", width=4096, ffn=16384, tokenizer="hf:facebook/opt-6.7b", **_OPT),
-    _lm(
-        "vicuna-7b", "Vicuna-7B v1.5 (Llama 2)",
-        width=4096, depth=32, heads=32, ffn=11008, tokenizer="hf:lmsys/vicuna-7b-v1.5", **_VICUNA,
-    ),
-    _lm(
-        "vicuna-13b", "Vicuna-13B v1.5 (Llama 2)",
-        width=5120, depth=40, heads=40, ffn=13824, tokenizer="hf:lmsys/vicuna-13b-v1.5", **_VICUNA,
-    ),
-    _lm(
-        "phi-2", "Phi-2, 2.7B", family="phi", width=2560, depth=32, heads=32, ffn=10240, dropout=0.1,
-        vocab_size=51200, context_length=2048, tokenizer="hf:microsoft/phi-2",
-        options={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4}},
-    ),
-    _lm(
-        "smollm2-135m", "SmolLM2-135M, tied, 9 heads on 3",
-        family="llama", width=576, depth=30, heads=9, kv_heads=3, ffn=1536,
-        vocab_size=49152, context_length=8192, tokenizer="hf:HuggingFaceTB/SmolLM2-135M",
-        options={
-            "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-        },
-    ),
-    _lm(
-        "gpt2", "GPT-2, 124M", family="gpt2", width=768, depth=12, heads=12, ffn=3072, dropout=0.1,
-        vocab_size=50257, context_length=1024, tokenizer="hf:openai-community/gpt2",
-    ),
-    _lm("causal-lm", "any transformers causal LM by family and size; a Llama of SmolLM2-135M's size by default"),
     Component(
         kind="decoder",
         name="trunk-lm",
@@ -162,7 +121,7 @@ DECODERS = (
         ref="zoo.decoders.bert_decoder:BertDecoderConfig",
         summary="BERT base that writes: causal, cross-attends an image or a question (BLIP's decoder)",
     ),
-)  # fmt: skip
+)
 
 BRIDGE = (
     Component(
@@ -476,8 +435,8 @@ TASKS = (
     ),
 )
 
-PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *TRUNKS, *TOKENIZERS, *IMAGE_TOKENIZERS)
+PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *LANGUAGE, *TRUNKS, *TOKENIZERS, *IMAGE_TOKENIZERS)
 
-WIRED = (*TOWERS, *COCA, *BRIDGE, *T5, *EXPERTS, *MASKED_EXPERTS, *AUTOENCODER, *FUSION)
+WIRED = (*TOWERS, *COCA, *BRIDGE, *COGVLM, *GLM, *BLIP2, *T5, *EXPERTS, *MASKED_EXPERTS, *AUTOENCODER, *FUSION)
 
-PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *DATA, *TASKS))
+PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *DATA, *TASKS, *SCENES))

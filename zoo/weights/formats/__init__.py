@@ -23,8 +23,11 @@ TRANSFORMERS: dict[str, str] = {
     "llava_llama": "zoo.weights.formats.llava:from_transformers",
     "blip-2": "zoo.weights.formats.blip2:from_transformers",
     "blip": "zoo.weights.formats.blip:from_transformers",
+    "cogvlm": "zoo.weights.formats.cogvlm:from_transformers",
+    "CogVLMForCausalLM": "zoo.weights.formats.cogvlm:from_transformers",
+    "chatglm": "zoo.weights.formats.visualglm:from_transformers",
 }
-"""``model_type`` -> "module:function"."""
+"""``model_type``, or where there is none the first of ``architectures``, -> "module:function"."""
 
 FILES: dict[str, str] = dict.fromkeys(
     (
@@ -36,7 +39,12 @@ FILES: dict[str, str] = dict.fromkeys(
 FILES |= dict.fromkeys(("llava", "llava-1.5", "llava-1.5-13b"), "zoo.weights.formats.llava:from_state")
 FILES |= dict.fromkeys(("blip2-opt", "blip2-opt-6.7b"), "zoo.weights.formats.blip2:from_state")
 FILES |= dict.fromkeys(("blip2-flan-t5", "blip2-flan-t5-xxl"), "zoo.weights.formats.blip2:from_state")
+FILES |= dict.fromkeys(("blip2", "blip2-vit-l"), "zoo.weights.formats.blip2_stage1:from_state")
 FILES |= dict.fromkeys(("coca", "coca-vit-l-14"), "zoo.weights.formats.coca:from_state")
+FILES |= dict.fromkeys(
+    ("cogvlm-base-224", "cogvlm-base-490", "cogvlm-chat"), "zoo.weights.formats.cogvlm:from_state"
+)
+FILES["visualglm-6b"] = "zoo.weights.formats.visualglm:from_state"
 FILES |= dict.fromkeys(("vlmo", "vlmo-base-plus", "vlmo-large"), "zoo.weights.formats.vlmo:from_state")
 FILES |= dict.fromkeys(
     (
@@ -83,7 +91,7 @@ def transformers_format(config: Mapping[str, Any], folder: Path) -> Official:
     Raises:
         WeightsError: A type the zoo does not read; the message lists near ones.
     """
-    kind = str(config.get("model_type", ""))
+    kind = str(config.get("model_type") or (config.get("architectures") or [""])[0])
     if kind not in TRANSFORMERS:
         raise WeightsError(
             f"{str(folder)!r} is a transformers checkpoint of type {kind!r}, which the zoo does not read"
