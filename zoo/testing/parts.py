@@ -239,7 +239,7 @@ def check_decoder(name: str, *, scale: str | None = "tiny") -> None:
     image, text = 5, 7
     ids = torch.randint(0, config.vocab_size, (3, text), generator=torch.Generator().manual_seed(0))
     visual = 0.5 * _random(3, image, module.width)
-    segments = [Segment("image", image), Segment("text", text)]
+    segments = [Segment("image", image, "image"), Segment("text", text)]
     context = _random(3, 4, module.context_width, seed=2) if module.context_width else None
 
     def run(m: Any, rows: slice = slice(None), ids: Tensor = ids, real: Tensor | None = None) -> dict[str, Tensor]:

@@ -41,9 +41,7 @@ FILES |= dict.fromkeys(("blip2-opt", "blip2-opt-6.7b"), "zoo.weights.formats.bli
 FILES |= dict.fromkeys(("blip2-flan-t5", "blip2-flan-t5-xxl"), "zoo.weights.formats.blip2:from_state")
 FILES |= dict.fromkeys(("blip2", "blip2-vit-l"), "zoo.weights.formats.blip2_stage1:from_state")
 FILES |= dict.fromkeys(("coca", "coca-vit-l-14"), "zoo.weights.formats.coca:from_state")
-FILES |= dict.fromkeys(
-    ("cogvlm-base-224", "cogvlm-base-490", "cogvlm-chat"), "zoo.weights.formats.cogvlm:from_state"
-)
+FILES |= dict.fromkeys(("cogvlm-base-224", "cogvlm-base-490", "cogvlm-chat"), "zoo.weights.formats.cogvlm:from_state")
 FILES["visualglm-6b"] = "zoo.weights.formats.visualglm:from_state"
 FILES |= dict.fromkeys(("vlmo", "vlmo-base-plus", "vlmo-large"), "zoo.weights.formats.vlmo:from_state")
 FILES |= dict.fromkeys(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from zoo.nn.config import TrunkConfig
-from zoo.weights.keymaps import KeyMap, Rule, drop, rename, split
+from zoo.weights.keymaps import KeyMap, Rule, drop, llama, rename, split
 
 EXPERTS = {"language": 0, "vision": 1}
 """Expert numbers, which are the modality ids. The begin-of-image token is visual, the end-of-image token is not."""
@@ -69,56 +68,37 @@ ADAPTER = KeyMap(
 
 
 def keymap() -> KeyMap:
-    """Return the map to ``stem``, ``vit``, ``adapter``, ``boi``, ``eoi``, ``trunk``, ``embed`` and ``head``."""
+    """Return the map of the hub's ``CogVLMForCausalLM`` to a bridge of ``vit``, ``glu-adapter`` and ``cogvlm-lm``."""
     return (
-        STEM.under("model.vision.patch_embedding.", "stem.")
-        + VIT.under("model.vision.transformer.", "vit.")
-        + ADAPTER.under("model.vision.linear_proj.", "adapter.")
-        + TRUNK.under("model.", "trunk.")
+        STEM.under("model.vision.patch_embedding.", "encoder.embed.")
+        + VIT.under("model.vision.transformer.", "encoder.trunk.")
+        + ADAPTER.under("model.vision.linear_proj.", "connector.")
+        + TRUNK.under("model.", "decoder.trunk.")
         + KeyMap(
-            rename("model.vision.boi", "boi"),
-            rename("model.vision.eoi", "eoi"),
-            rename("model.embed_tokens.{p}", "embed.tokens.{p}"),
-            rename("lm_head.{p}", "head.{p}"),
+            rename("model.vision.boi", "connector.boi"),
+            rename("model.vision.eoi", "connector.eoi"),
+            rename("model.embed_tokens.{p}", "decoder.embedding.tokens.{p}"),
+            rename("lm_head.{p}", "decoder.lm_head.{p}"),
         )
     )
 
 
-def trunk_config(
-    *, width: int, depth: int, heads: int, ffn: int, eps: float = 1e-5, rope_theta: float = 10000.0
-) -> TrunkConfig:
-    """Return the language model: Llama whose matrices exist twice and whose norms are shared.
+VISUAL_EXPERTS = ("trunk.layers.{i}.attn.{p}.1.weight", "trunk.layers.{i}.ffn.1.{p}.weight")
+"""Names of the visual experts in ``cogvlm-lm``, which a Llama does not have."""
 
-    All patches of an image share one position id, and the next token takes the last id + 1.
+
+def llama_keymap(experts: Sequence[str] = ("qkv", "out", "ffn")) -> KeyMap:
+    """Return the map of ``LlamaForCausalLM`` to the language half of ``cogvlm-lm``.
+
+    Args:
+        experts: the units that have a visual expert beside the language's.
     """
-    return TrunkConfig(
-        width=width,
-        depth=depth,
-        heads=heads,
-        ffn=ffn,
-        norm="rms",
-        eps=eps,
-        bias="",
-        out_bias=False,
-        ffn_bias=False,
-        act="silu",
-        gated=True,
-        rope=width // heads,
-        rope_theta=rope_theta,
-        routed=("qkv", "out", "ffn"),
-        routes=(0, 1),
-    )
+    units = {"qkv": ("attn.q", "attn.k", "attn.v"), "out": ("attn.out",), "ffn": ("ffn",)}
+    routed = tuple(f".{unit}." for name in experts for unit in units[name])
 
+    def ours(name: str) -> str:
+        found = next((unit for unit in routed if unit in name), None)
+        return name if found is None else name.replace(found, f"{found}{EXPERTS['language']}.")
 
-def vit_config(vision: Mapping[str, Any]) -> TrunkConfig:
-    """Return the trunk of the ``vision_config`` of the hub: norms on the branch outputs, none at the end."""
-    return TrunkConfig(
-        width=vision["hidden_size"],
-        depth=vision["num_hidden_layers"],
-        heads=vision["num_attention_heads"],
-        ffn=vision["intermediate_size"],
-        eps=vision["layer_norm_eps"],
-        act=vision["hidden_act"],
-        placement="branch",
-        final_norm=False,
-    )
+    plain = llama.keymap(embed="embedding.tokens.", head="lm_head.")
+    return KeyMap(*(replace(rule, target=tuple(ours(name) for name in rule.target)) for rule in plain.rules))

@@ -3,17 +3,12 @@ axes, a fused matrix that holds q, k and v inside each head."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from zoo.nn.config import TrunkConfig
-from zoo.weights.keymaps import KeyMap, Rule, drop, regroup, rename
+from zoo.weights.keymaps import KeyMap, Rule, drop, regroup, rename, split
+from zoo.weights.keymaps.blip2 import _with_k, _without_k
 from zoo.weights.keymaps.rotary import axes_to_two_halves, two_halves_to_axes
-
-RESIDUAL_SCALE = math.sqrt(2 * 28)
-"""alpha of a released class default: it does not follow the depth of the model."""
 
 
 def _fused(heads: int) -> Rule:
@@ -48,27 +43,77 @@ def trunk_keymap(heads: int) -> KeyMap:
     )
 
 
-def keymap(heads: int) -> KeyMap:
-    """Return the map of the language half to parts ``trunk``, ``embed``, ``head`` and ``projector``."""
-    return trunk_keymap(heads).under("transformer.", "trunk.") + KeyMap(
-        rename("transformer.word_embeddings.{p}", "embed.tokens.{p}"),
-        rename("lm_head.{p}", "head.{p}"),
-        rename("image_encoder.glm_proj.{p}", "projector.{p}"),
-    )
+_FUSED, _QKV = "layers.{i}.attention.query_key_value", "layers.{i}.attn."
+_OUT_AND_MLP = (
+    rename("layers.{i}.attention.dense.{p}", "layers.{i}.attn.out.{p}"),
+    rename("layers.{i}.mlp.dense_h_to_4h.{p}", "layers.{i}.ffn.up.{p}"),
+    rename("layers.{i}.mlp.dense_4h_to_h.{p}", "layers.{i}.ffn.down.{p}"),
+)
 
 
-def trunk_config(*, width: int, depth: int, heads: int, ffn: int | None = None, eps: float = 1e-5) -> TrunkConfig:
-    """Return ChatGLM's trunk: norm(x)·sqrt(56) + f(norm(x)), rotary on (position, block position)."""
-    return TrunkConfig(
-        width=width,
-        depth=depth,
-        heads=heads,
-        ffn=4 * width if ffn is None else ffn,
-        eps=eps,
-        placement="scaled",
-        residual_scale=RESIDUAL_SCALE,
-        act="gelu_tanh",
-        rope=width // heads,
-        rope_axes=2,
-        rope_half=True,
+def _batched(tensor: Tensor) -> Tensor:
+    return tensor[None]
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor[0]
+
+
+VIT = KeyMap(
+    rename("transformer.word_embeddings.weight", "encoder.embed.cls", _batched, _single),  # a table of one token, CLS
+    rename("transformer.position_embeddings.weight", "encoder.embed.positions", _batched, _single),
+    rename("mixins.patch_embedding.proj.{p}", "encoder.embed.patch.{p}"),
+    rename("mixins.cls.ln_vision.{p}", "connector.ln_vision.{p}"),
+) + KeyMap(
+    rename("layers.{i}.input_layernorm.{p}", "layers.{i}.attn_norm.{p}"),
+    split(f"{_FUSED}.weight", [f"{_QKV}{letter}.weight" for letter in "qkv"]),
+    regroup(f"{_FUSED}.bias", [f"{_QKV}q.bias", f"{_QKV}v.bias"], _without_k, _with_k),
+    rename("layers.{i}.post_attention_layernorm.{p}", "layers.{i}.ffn_norm.{p}"),
+    *_OUT_AND_MLP,
+).under("transformer.", "encoder.trunk.")
+"""SwissArmyTransformer's EVA ViT-g, and ln_vision, which it keeps in the place of a classifier."""
+
+
+def qformer_keymap(depth: int) -> KeyMap:
+    """Return the map of SwissArmyTransformer's Q-Former of ``depth`` layers.
+
+    Its "post" order puts a layer's norms before its branches and lets the residual carry the normed rows, so that every
+    norm of BERT stands in the layer after: the first one is the norm of the queries, the last one is the final norm.
+    """
+    norms = [rename("layers.0.input_layernorm.{p}", "norm.{p}")]
+    for i in range(1, depth):
+        norms.append(rename(f"layers.{i}.input_layernorm.{{p}}", f"trunk.layers.{i - 1}.ffn_norm.{{p}}"))
+    norms.append(rename("final_layernorm.{p}", f"trunk.layers.{depth - 1}.ffn_norm.{{p}}"))
+    layers = KeyMap(
+        split(f"{_FUSED}.{{p}}", [f"{_QKV}{letter}.{{p}}" for letter in "qkv"]),
+        rename("layers.{i}.post_attention_layernorm.{p}", "layers.{i}.attn_norm.{p}"),
+        rename("layers.{i}.cross_attention.query.{p}", "layers.{i}.cross.q.{p}"),
+        split("layers.{i}.cross_attention.key_value.{p}", [f"layers.{{i}}.cross.{letter}.{{p}}" for letter in "kv"]),
+        rename("layers.{i}.cross_attention.dense.{p}", "layers.{i}.cross.out.{p}"),
+        rename("layers.{i}.post_cross_attention_layernorm.{p}", "layers.{i}.cross_norm.{p}"),
+        *_OUT_AND_MLP,
+    ).under("", "trunk.")
+    queries = KeyMap(rename("word_embeddings.weight", "query_tokens", _batched, _single))
+    return (KeyMap(*norms) + layers + queries).under("transformer.", "connector.")
+
+
+def keymap(heads: int, qformer_depth: int = 12, *, sat: bool = False) -> KeyMap:
+    """Return the map of a release to a bridge of ``vit``, ``qformer`` and ``glm-lm``.
+
+    Args:
+        heads: attention heads of the language model.
+        qformer_depth: layers of the Q-Former.
+        sat: the names of SwissArmyTransformer's file, not of the hub's.
+    """
+    image, head = ("mixins.eva.model.", "mixins.chatglm-final.") if sat else ("image_encoder.", "")
+    return (
+        trunk_keymap(heads).under("transformer.", "decoder.trunk.")
+        + KeyMap(
+            rename("transformer.word_embeddings.{p}", "decoder.embedding.tokens.{p}"),
+            rename(f"{head}lm_head.{{p}}", "decoder.lm_head.{p}"),
+            rename(f"{image}glm_proj.{{p}}", "connector.proj.{p}"),
+            drop("mixins.chatglm-attn.rotary_emb.inv_freq"),
+        )
+        + VIT.under(f"{image}vit.")
+        + qformer_keymap(qformer_depth).under(f"{image}qformer.")
     )

@@ -1,0 +1,124 @@
+"""CogVLM's language model: a Llama whose every matrix exists twice, once for image tokens (the visual experts)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.decoders.trunk_lm import TrunkLM, TrunkLMConfig
+from zoo.errors import near
+from zoo.layout import MODALITIES, Layout, Segment, lay_out
+from zoo.layout_facts import look_for_spans
+from zoo.nn import TrunkConfig, copy_expert_
+
+TEXT, VISUAL = MODALITIES["text"], MODALITIES["image"]
+"""Modality ids of the two kinds of rows, which are also the numbers of their experts."""
+
+UNITS = ("qkv", "out", "ffn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CogVLMConfig(TrunkLMConfig):
+    """Vicuna-7B with a visual expert of q, k, v, output projection and SwiGLU in every layer (arXiv 2311.03079, section
+    2.1); norms and embeddings are shared.
+
+    Attributes:
+        experts: Units that have a visual expert: qkv, out, ffn. The paper's ablation (table 4) leaves out attention.
+        expert_every: Visual experts in layers 0, n, 2n, ...; the ablation's other form has 4.
+    """
+
+    width: int = 4096
+    depth: int = 32
+    heads: int = 32
+    kv_heads: int = 0
+    ffn: int = 11008
+    tie: bool = False
+    dropout: float = 0.1
+    experts: list[str] = field(default_factory=lambda: list(UNITS))
+    expert_every: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = [unit for unit in self.experts if unit not in UNITS]
+        if unknown or not self.experts or len(set(self.experts)) != len(self.experts):
+            hint = near(unknown[0], UNITS) if unknown else ""
+            raise ValueError(f"experts = {list(self.experts)} must be one or more of {', '.join(UNITS)}{hint}")
+        if self.expert_every < 1:
+            raise ValueError(f"expert_every = {self.expert_every} must be 1 or more")
+        if self.width % max(self.heads, 1):
+            raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}")
+
+    def trunk(self) -> TrunkConfig:
+        both, one = (TEXT, VISUAL), (TEXT, TEXT)
+        tables = tuple(one if i % self.expert_every else both for i in range(self.depth))
+        return replace(super().trunk(), routed=tuple(self.experts), routes=tables)
+
+    def build(self) -> CogVLMLM:
+        return CogVLMLM(self)
+
+
+class CogVLMLM(TrunkLM):
+    """``embedding``, ``trunk`` and ``lm_head``; of every routed unit, 0 is the language's and 1 the image's.
+
+    The visual experts start as copies of the language's, so that an image is at first read as a Llama would.
+    """
+
+    def __init__(self, config: CogVLMConfig) -> None:
+        super().__init__(config)
+        self.experts = tuple(config.experts)
+        self.start_experts()
+
+    @torch.no_grad()
+    def start_experts(self) -> None:
+        """Copy the language's matrices into the visual experts, as training starts (section 2.1)."""
+        if self.embedding.tokens.weight.device.type != "meta":
+            copy_expert_(self.trunk, TEXT, VISUAL)
+
+    def load_llama(self, state: Mapping[str, Tensor]) -> None:
+        """Start from a Llama: the tensors of ``LlamaForCausalLM`` in the text's place and in the visual experts.
+
+        Raises:
+            WeightsError: Names or shapes that do not fit.
+        """
+        from zoo.weights.keymaps import cogvlm, load_into
+
+        load_into(self, state, cogvlm.llama_keymap(self.experts), allow_new=cogvlm.VISUAL_EXPERTS)
+        self.start_experts()
+
+    def arrange(self, layout: Layout, ids: Tensor, slots: Tensor) -> Layout:
+        """Routes and positions of rows whose images stand at ``slots`` as [boi, patches, eoi].
+
+        A slot is read by the visual expert if the next one is a slot too: boi and patches are, eoi is not. The patches
+        of an image share one position, and the next token counts on from it (the released build_position_ids and
+        get_expert_mask). Attention stays causal, patches included. Images may not touch: as published, a row shows one.
+        """
+        visual = slots & F.pad(slots[:, 1:], (0, 1))  # [B, T]
+        patch = visual & F.pad(slots[:, :-1], (1, 0))
+        counted = layout.real & ~(patch & F.pad(patch[:, :-1], (1, 0)))
+        position = (counted.long().cumsum(1) - 1).clamp(min=0)
+        modality = torch.where(visual, VISUAL, TEXT)
+        spans: tuple[tuple[int, int, int], ...] | None
+        if ids.device.type == "meta":  # nothing to look at; the experts are of one size, so any share costs the same
+            half = layout.length // 2
+            spans = ((0, half, VISUAL), (half, layout.length, TEXT))
+        else:  # one look for all layers; without it each would look at every token's route
+            spans = look_for_spans(modality)
+        return replace(layout, modality=modality, position=position, spans=spans)
+
+    def sketch(self, segments: Sequence[Segment]) -> Layout:
+        parts: list[Segment] = []
+        for segment in segments:
+            if segment.name == "image" and segment.length > 1:
+                parts += [
+                    replace(segment, name="boi, patches", length=segment.length - 1),
+                    replace(segment, name="eoi", length=1, modality=TEXT),
+                ]
+            else:
+                parts.append(segment)
+        layout = lay_out(parts)
+        at = [int(i) for i, s in enumerate(parts) for _ in range(s.length)]
+        slots = torch.tensor([[parts[i].name in ("boi, patches", "eoi") for i in at]])
+        return self.arrange(layout, torch.zeros_like(slots, dtype=torch.long), slots)
