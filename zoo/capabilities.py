@@ -24,7 +24,8 @@ class EmbedImages(Protocol):
     """Embeds images in the space shared with texts."""
 
     def embed_images(self, images: Sequence[ImageLike]) -> Tensor:
-        """Return [N, D] float, rows of unit length."""
+        """Return [N, D] float, rows of unit length; or [N, Q, D], several for each image, of which the nearest to a
+        text counts (BLIP-2; ``zoo.evaluation.metrics.similarity``)."""
         ...
 
 

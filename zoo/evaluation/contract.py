@@ -70,7 +70,8 @@ def _alike(name: str, call: Callable[..., Tensor], columns: tuple[list[Any], ...
 
 
 def _check_unit(name: str, vectors: Tensor, count: int) -> None:
-    assert vectors.ndim == 2, f"{name} gives {tuple(vectors.shape)}, expected ({count}, D)"
+    several = vectors.ndim == 3 and name == "embed_images"
+    assert vectors.ndim == 2 or several, f"{name} gives {tuple(vectors.shape)}, expected ({count}, D)"
     assert len(vectors) == count, f"{name} gives {len(vectors)} rows for {count} inputs"
     worst = float((vectors.norm(dim=-1) - 1).abs().max())
     assert worst < 1e-4, f"{name} gives rows of other than unit length, off by {worst:.2e}"

@@ -39,6 +39,21 @@ def ranks_of(scores: Tensor, positives: Sequence[Sequence[int]], tie: float) -> 
     return 1 + ((scores >= best - tie) & ~mask).sum(1)  # [B]
 
 
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products [N, M] of vectors [N, D] and [M, D]; of items with several, [N, Q, D], the greatest of the Q.
+
+    One query vector at a time, so that no more than [N, M] is held twice.
+    """
+    if b.ndim == 3:
+        return similarity(b, a).T
+    if a.ndim == 2:
+        return a @ b.T
+    best = a[:, 0] @ b.T
+    for q in range(1, a.shape[1]):
+        best = torch.maximum(best, a[:, q] @ b.T)
+    return best
+
+
 def retrieval_ranks(
     queries: Tensor,
     gallery: Tensor,
@@ -46,10 +61,10 @@ def retrieval_ranks(
     chunk: int = 512,
     tie: float = COSINE_TIE,
 ) -> Tensor:
-    """Rank the best positive of every query by dot product, ``chunk`` queries at a time (never more than [chunk, N]).
+    """Rank the best positive of every query by ``similarity``, ``chunk`` queries at a time: never more than [chunk, N].
 
     Args:
-        queries: [Q, D]; gallery: [N, D]; both are compared in float32 or better.
+        queries: [Q, D]; gallery: [N, D]; either may have several vectors an item. Compared in float32 or better.
         positives: for each query the right rows of the gallery.
 
     Returns:
@@ -59,7 +74,7 @@ def retrieval_ranks(
     ranks = []
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk].to(gallery)  # [c, D]
-        scores = part @ gallery.T  # [c, N]
+        scores = similarity(part, gallery)  # [c, N]
         ranks.append(ranks_of(scores, positives[start : start + chunk], tie).cpu())
     return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
 

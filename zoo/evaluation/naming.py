@@ -249,10 +249,13 @@ class Naming(Task):
                 rows, columns = zip(*part, strict=True)
                 scores[list(rows), list(columns)] = values.double().cpu()
             return scores
-        embedded = model.embed_images(images).float().cpu()  # [B, D]
+        from zoo.evaluation.metrics import similarity
+
+        embedded = model.embed_images(images).float().cpu()  # [B, D] or [B, Q, D]
         missing = [n for own in choices for n in own if n not in vectors]
         if missing:  # a name that equals another one of the pool only after normalisation
             vectors |= self._embed_names(model, list(dict.fromkeys(missing)))
         for row, own in enumerate(choices):
-            scores[row, : len(own)] = (torch.stack([vectors[n] for n in own]) @ embedded[row]).double()
+            named = torch.stack([vectors[n] for n in own])  # [C, D]
+            scores[row, : len(own)] = similarity(embedded[row : row + 1], named)[0].double()
         return scores

@@ -77,7 +77,7 @@ class Retrieval(Task):
     def run(self, model: Any, source: SourceLike, split: str, progress: Progress | None = None) -> TaskResult:
         import torch
 
-        from zoo.evaluation.metrics import RankMetric, retrieval_ranks
+        from zoo.evaluation.metrics import RankMetric, retrieval_ranks, similarity
 
         chosen = choose_ids(source, split, self.config.items)
         ids: list[str] = []
@@ -89,7 +89,7 @@ class Retrieval(Task):
             captions.extend(tuple(dict.fromkeys(s.texts)) for s in samples)
             ids.extend(s.id for s in samples)
             clusters.extend(cluster_of(s) for s in samples)
-        images = torch.cat(image_parts)  # [N, D]
+        images = torch.cat(image_parts)  # [N, D] or [N, Q, D]
 
         texts = list(dict.fromkeys(text for own in captions for text in own))  # a string is embedded once
         row_of = {text: row for row, text in enumerate(texts)}
@@ -149,8 +149,7 @@ class Retrieval(Task):
                 items[n] |= {f"i2t_hits_{k}{suffix}": float(rank <= k) for k in KS}
                 items[n] |= {f"t2i_hits_{k}{suffix}": float(sum(r <= k for r in again_ranks[n])) for k in KS}
         shown = [ids.index(i) for i in sample_ids(ids)]
-        similarity = images[shown] @ unique.T  # [<= 12, texts]
-        top = similarity.topk(min(3, len(texts)), dim=1).indices.tolist()
+        top = similarity(images[shown], unique).topk(min(3, len(texts)), dim=1).indices.tolist()  # [<= 12, 3]
         outputs = [
             {"id": ids[n], "output": [texts[t] for t in best], "rank": int(i2t[n]), "kind": "nearest captions"}
             for n, best in zip(shown, top, strict=True)
@@ -196,15 +195,15 @@ class Reranking:
         """Ranks of the right ones, image to text [N] and text to image [M].
 
         Args:
-            images: [N, D]; unique: [T, D], embedded texts.
+            images: [N, D], or [N, Q, D] of several vectors an image; unique: [T, D], embedded texts.
             rows: [M] the text of each gallery row.
             right_columns, right_images: for each image the right gallery rows, and for each of these the right images.
         """
         import torch
 
-        from zoo.evaluation.metrics import ranks_of
+        from zoo.evaluation.metrics import ranks_of, similarity
 
-        cosine = images @ unique.T  # [N, T]
+        cosine = similarity(images, unique)  # [N, T]
         k = self.config.rerank
         # equal captions are one candidate, so that they use up one place among the k
         of_image = torch.zeros_like(cosine, dtype=torch.bool).scatter_(

@@ -23,11 +23,16 @@ QFORMER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 1
 
 
 def from_transformers(config: Mapping[str, Any], folder: Path) -> Official:
-    """A folder of ``Blip2ForConditionalGeneration``; see ``blip2_t5`` for an encoder-decoder language model.
+    """A folder of ``Blip2ForConditionalGeneration``; see ``blip2_t5`` for an encoder-decoder language model, and
+    ``blip2_stage1`` for ``Blip2ForImageTextRetrieval``.
 
     Raises:
         WeightsError: A Q-Former with a text branch.
     """
+    if "Blip2ForImageTextRetrieval" in (config.get("architectures") or []):
+        from zoo.weights.formats import blip2_stage1
+
+        return blip2_stage1.from_transformers(config, folder)
     text = config.get("text_config") or {"model_type": "opt"}
     if "t5" in str(text.get("model_type")):
         from zoo.weights.formats import blip2_t5
