@@ -16,6 +16,9 @@ from zoo.models.seq2seq_bridge import Seq2SeqBridge
 from zoo.objectives.next_token import NextTokenConfig
 from zoo.sampling.text import Decoding
 from zoo.weights import load_model
+from zoo.weights.files import read_file
+from zoo.weights.formats import file_format
+from zoo.weights.keymaps import load_into
 
 FEATURES = {"atol": 2e-5, "rtol": 1e-5}
 LOGITS = {"atol": 1e-4, "rtol": 0.0}
@@ -35,20 +38,17 @@ def loss_of(model: Seq2SeqBridge, batch: dict[str, Tensor]) -> Tensor:
 
 def lavis(g: Any, tmp_path: Path, golden: Callable[[str], Any]) -> Seq2SeqBridge:
     """The golden's file as LAVIS stores it, with the ViT's last block, read by the recipe at the golden's sizes."""
-    small, recipe, _ = load_model(transformers_folder(tmp_path, golden("hf_blip2_t5")))
+    _, recipe, _ = load_model(transformers_folder(tmp_path, golden("hf_blip2_t5")))
     dropped = {k.removeprefix("dropped_block/"): v for k, v in g.inputs.items() if k.startswith("dropped_block/")}
     assert dropped
     file = tmp_path / "blip2.pth"
     torch.save({"model": {**g.weights, **dropped}}, file)
-    from zoo.weights.formats import file_format
-    from zoo.weights.files import read_file
-    from zoo.weights.keymaps import load_into
-
-    model = recipe.with_(**{"connector.input_eps": 1e-5}).wiring[1]
-    built = model.build(recipe.with_(**{"connector.input_eps": 1e-5}).parts, 3)
+    recipe = recipe.with_(**{"connector.input_eps": 1e-5})
+    built = recipe.wiring[1].build(recipe.parts, 3)
     state = read_file(file)
     official = file_format(recipe, state)
-    assert official is not None and official.new == ()
+    assert official is not None
+    assert official.new == ()
     load_into(built, state, official.keymap, allow_ignored=official.ignored)
     assert isinstance(built, Seq2SeqBridge)
     return built.eval()
