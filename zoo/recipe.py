@@ -110,8 +110,7 @@ class Stage(PartConfig):
         share: Part of the run's budget, relative to the other stages.
         optimizer: Fields of the recipe's optimizer that differ in this stage.
         lr: Path of something that learns -> its own peak learning rate, on the stage's schedule; the longest path wins.
-        wiring: Fields of the wiring that differ in this stage, of its ``per_stage`` (the prompt template). A finished
-            model keeps those of the last stage.
+        wiring: Fields of the wiring, of its ``per_stage``, that differ in this stage; the last one's stay.
     """
 
     name: str

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, TokenBatch, lay_out
 from zoo.layout_facts import Padding, look_at_padding
 from zoo.models.base import Model
-from zoo.models.writing import IGNORE, WritesText
+from zoo.models.writing import IGNORE, WritesText, _given
 from zoo.part import Features, PartConfig, seeded
 from zoo.recipe import WiringConfig
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 TYPICAL_TEXT = 16
 """Text tokens of a caption with its template, as layouts and FLOP counts assume."""
 
+TYPICAL_INSTRUCTION = 12
+"""Ids of an instruction, as a connector reads it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig(WiringConfig):
@@ -38,8 +41,12 @@ class BridgeConfig(WiringConfig):
 
     Attributes:
         template: How image, question and answer are written (``zoo.data.templates``): plain, blip2, vicuna_v1,
-            llava_v1.
-        prompt: The question where a sample or a call gives none.
+            llava_v1, llava_v0, llava_llama_2, minigpt4_caption, minigpt4, minigpt4_llama_2, minigpt4_chat,
+            instructblip.
+        prompt: The question where a sample or a call gives none; empty = one of the template's instructions, drawn
+            anew for each sample in training.
+        preamble: Write the template's system text. A ``scale`` leaves it out: it would fill the short context of its
+            language models, and tells them nothing.
         image_id: Placeholder id of an image slot in ``input_ids``; -1 = the first id outside the decoder's vocabulary.
             The embedding of a slot is replaced, so the id needs no row of the table.
         augment: What training images go through (``none``, ``random-resized-crop``, ``shift``, ``flip``,
@@ -47,21 +54,28 @@ class BridgeConfig(WiringConfig):
     """
 
     slots: ClassVar[tuple[str, ...]] = ("encoder", "connector", "decoder")
+    per_stage: ClassVar[frozenset[str]] = frozenset({"template", "prompt", "preamble", "augment"})
 
     template: str = "plain"
     prompt: str = ""
+    preamble: bool = True
     image_id: int = -1
     augment: str = "none"
+
+    def __post_init__(self) -> None:
+        from zoo.data.templates import template
+
+        template(self.template)
+
+    def scaled(self, sizes: Mapping[str, Any]) -> Self:
+        return replace(self, preamble=False) if "context_length" in sizes else self
 
     def build(self, parts: Mapping[str, tuple[str, PartConfig]], seed: int) -> Bridge:
         """Build the model; every part is drawn from its own stream of ``seed``.
 
         Raises:
-            ConfigError: Parts that do not fit each other, or an unknown template.
+            ConfigError: Parts that do not fit each other, or an encoder-decoder language model's template.
         """
-        from zoo.data.templates import template
-
-        template(self.template)
         return Bridge(
             self,
             cast("ImageEncoderConfig", parts["encoder"][1]),
@@ -88,9 +102,11 @@ class Bridge(WritesText, Model):
         super().__init__()
         self.config = config
         self.image_config = image_config
+        self.connector_config = connector_config
         self.decoder_config = decoder_config
         self.seed = seed
         self._tokenizer: TextTokenizer | None = None
+        self._instruction_tokenizer: TextTokenizer | None = None
         self._processor: PromptProcessor | None = None
         with seeded(seed, "encoder"):
             self.encoder: Encoder = image_config.build()
@@ -185,10 +201,8 @@ class Bridge(WritesText, Model):
             instruction_ids: [B, Tq], the instructions in the connector's vocabulary, where it reads them.
             instruction_mask: [B, Tq], 1 = real.
         """
-        given = {} if instruction_ids is None else {"instruction_ids": instruction_ids}
-        if instruction_mask is not None:
-            given["instruction_mask"] = instruction_mask.bool()
-        embeds = self._splice(input_ids, pixel_values, text=self._instruction(given))
+        text = self._instruction(_given(instruction_ids, instruction_mask))
+        embeds = self._splice(input_ids, pixel_values, text=text)
         layout = self._layout(input_ids, attention_mask)
         return self.decoder.logits(self.decoder(TokenBatch(embeds, layout)))
 
@@ -276,6 +290,24 @@ class Bridge(WritesText, Model):
         self._processor = None
 
     @property
+    def instruction_tokenizer(self) -> TextTokenizer | None:
+        """The connector's text tokenizer, where it reads the instruction; made on first use."""
+        if self._instruction_tokenizer is None and self.connector.reads_text:
+            from zoo.data.text import named_tokenizer
+
+            self._instruction_tokenizer = named_tokenizer(getattr(self.connector_config, "tokenizer", ""))
+        return self._instruction_tokenizer
+
+    @instruction_tokenizer.setter
+    def instruction_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        self._instruction_tokenizer = tokenizer
+        self._processor = None
+
+    def reconfigure(self, config: BridgeConfig) -> None:
+        self.config = config
+        self._processor = None
+
+    @property
     def processor(self) -> PromptProcessor:
         """Turns samples into ``forward``'s batch; made on first use.
 
@@ -283,33 +315,49 @@ class Bridge(WritesText, Model):
             ConfigError: The tokenizer has more ids than the decoder has rows.
         """
         if self._processor is None:
-            from zoo.data.images import ImageTransform
             from zoo.data.processor import PromptProcessor
 
-            tokenizer, image = self.tokenizer, self.image_config
-            if tokenizer.vocab_size > self.decoder_config.vocab_size:
+            self._processor = PromptProcessor(**self._processor_fields())
+        return self._processor
+
+    def _processor_fields(self) -> dict[str, Any]:
+        """What the parts and the wiring say about the processor, as ``PromptProcessor`` takes it.
+
+        Raises:
+            ConfigError: A tokenizer has more ids than the part that reads them has rows.
+        """
+        from zoo.data.images import ImageTransform
+
+        image, connector = self.image_config, cast("Any", self.connector_config)
+        readers = [("decoder", self.tokenizer, self.decoder_config)]
+        if self.instruction_tokenizer is not None:
+            readers.append(("connector", self.instruction_tokenizer, connector))
+        for slot, tokenizer, reader in readers:
+            if tokenizer.vocab_size > reader.vocab_size:
                 raise ConfigError(
-                    f"tokenizer {self.decoder_config.tokenizer!r} has {tokenizer.vocab_size} ids, decoder.vocab_size"
-                    f" is {self.decoder_config.vocab_size}: set one to fit the other"
+                    f"tokenizer {reader.tokenizer!r} has {tokenizer.vocab_size} ids, {slot}.vocab_size"
+                    f" is {reader.vocab_size}: set one to fit the other"
                 )
-            transform = ImageTransform(
+        fields: dict[str, Any] = {
+            "transform": ImageTransform(
                 size=image.image_size,
                 mean=tuple(image.mean),
                 std=tuple(image.std),
                 mode=cast("Any", image.resize),
                 augment=cast("Any", self.config.augment),
-            )
-            self._processor = PromptProcessor(
-                transform,
-                tokenizer,
-                self.config.template,
-                image_tokens=self.connector.tokens,
-                image_token_id=self.image_token_id,
-                max_length=self.decoder_config.context_length,
-                prompt=self.config.prompt,
-                seed=self.seed,
-            )
-        return self._processor
+            ),
+            "tokenizer": self.tokenizer,
+            "layout": self.config.template,
+            "image_tokens": self.connector.tokens,
+            "image_token_id": self.image_token_id,
+            "max_length": self.decoder_config.context_length,
+            "prompt": self.config.prompt,
+            "seed": self.seed,
+            "preamble": self.config.preamble,
+        }
+        if self.instruction_tokenizer is not None:
+            fields |= {"instructed": self.instruction_tokenizer, "instruction_length": connector.instruction_length}
+        return fields
 
     def layouts(self) -> dict[str, Layout]:
         """The decoder's sequence with a caption of typical length, as the template orders it."""
@@ -319,7 +367,8 @@ class Bridge(WritesText, Model):
         text = Segment("text", self.typical_targets, "text", "causal", predicted=True)
         if template(self.config.template).image_before_bos:
             return {"decoder": self.decoder.sketch([image, text])}
-        before = Segment("before", 1 if not template(self.config.template).system else TYPICAL_TEXT, "text", "causal")
+        told = self.config.preamble and template(self.config.template).system
+        before = Segment("before", TYPICAL_TEXT if told else 1, "text", "causal")
         return {"decoder": self.decoder.sketch([before, image, text])}
 
     @property
@@ -335,7 +384,10 @@ class Bridge(WritesText, Model):
         labels = torch.ones_like(ids)
         labels[:, :slots] = IGNORE
         dtype = next(self.encoder.parameters()).dtype
+        asked = torch.ones(batch_size, TYPICAL_INSTRUCTION, dtype=torch.long, device=device)
+        instruction = {"instruction_ids": asked, "instruction_mask": asked.bool()} if self.connector.reads_text else {}
         return {
+            **instruction,
             "pixel_values": torch.zeros(batch_size, 3, size, size, dtype=dtype, device=device),
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids, dtype=torch.bool),

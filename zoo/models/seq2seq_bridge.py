@@ -199,8 +199,10 @@ class Seq2SeqBridge(Bridge):
             prompt_ids=start,
         )
 
-    def _rows(self, texts: Sequence[str], prompts: Sequence[str] | None) -> dict[str, Tensor]:
-        rows = self.processor.encode_texts(texts, prompts)
+    def _rows(
+        self, texts: Sequence[str], prompts: Sequence[Any] | None, images: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        rows = self.processor.encode_texts(texts, prompts, images)
         return {key: value.to(self.device) for key, value in rows.items()}
 
     def _score(self, features: Tensor, rows: dict[str, Tensor]) -> Tensor:
@@ -208,11 +210,11 @@ class Seq2SeqBridge(Bridge):
         labels = rows["labels"]
         return self._nats(self.decode(self.shift_right(labels), context, mask), labels)
 
-    def _rank(self, features: Tensor, texts: Sequence[str], prompt: str | None) -> Tensor:
+    def _rank(self, features: Tensor, texts: Sequence[str], prompt: Any) -> Tensor:
         """Scores [C] of texts about one image [1, n, D] and prompt, which the encoder reads once for all of them."""
         if not len(texts):
             return torch.empty(0, device=features.device)
-        rows = self._rows(texts, None if prompt is None else [prompt] * len(texts))
+        rows = self._rows(texts, None if prompt is None else [prompt] * len(texts), [len(features)] * len(texts))
         context, mask = self._read(None, rows["input_ids"][:1], rows["attention_mask"][:1], features=features)
         start = self._start(1)
         memory = self.decoder.new_cache()

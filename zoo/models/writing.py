@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,17 @@ from zoo.decoders.base import Decoder
 from zoo.errors import ConfigError
 from zoo.layout import Layout, TokenBatch
 from zoo.layout_facts import Padding
+from zoo.part import Features
 from zoo.sampling.text import Decoding, align_right, streams, write
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
     from zoo.data.processor import PromptProcessor
+    from zoo.data.templates import Turn
     from zoo.data.text import TextTokenizer
-    from zoo.part import Features
+
+    Images = ImageLike | Sequence[ImageLike]
+    Prompt = str | Sequence[Turn]
 
 IGNORE = -100
 """Label of a position without a target."""
@@ -55,6 +59,7 @@ class WritesText(nn.Module):
         def image_features(
             self, pixel_values: Tensor | None, text: Features | None = None, image_tokens: Tensor | None = None
         ) -> Tensor: ...
+        def _instruction(self, batch: Mapping[str, Tensor]) -> Features | None: ...
         def _splice(
             self,
             ids: Tensor,
@@ -67,8 +72,8 @@ class WritesText(nn.Module):
 
     def generate_text(
         self,
-        images: Sequence[ImageLike],
-        prompts: Sequence[str] | None = None,
+        images: Sequence[Images],
+        prompts: Sequence[Prompt] | None = None,
         max_new_tokens: int = 32,
         *,
         min_new_tokens: int = 0,
@@ -83,7 +88,9 @@ class WritesText(nn.Module):
         """Write one text an image, greedily by default.
 
         Args:
-            prompts: One question an image; the wiring's own by default.
+            images: Images, or a list of several for one text; ``<image>`` in its prompt places each.
+            prompts: One question an image, or a dialogue, a list of (question, answer) whose last answer is None; the
+                wiring's own prompt by default.
             max_new_tokens: Most tokens to write; fewer where the decoder's context is full.
             temperature: 0 = greedy or beams, else see ``zoo.sampling.text.Decoding``, also for the rest.
         """
@@ -102,14 +109,18 @@ class WritesText(nn.Module):
         out: list[str] = []
         with self._evaluating():
             for part in _chunks(len(images)):
-                pixels = self._pixels(images[part])
-                rows = self.processor.encode_prompts(None if prompts is None else prompts[part], len(pixels))
+                shown, counts = _flat(images[part])
+                rows = self.processor.encode_prompts(
+                    None if prompts is None else prompts[part], len(counts), images=counts
+                )
                 ids = self.generate_ids(
-                    pixels,
+                    self._pixels(shown),
                     rows["input_ids"].to(self.device),
                     rows["attention_mask"].to(self.device),
                     decoding,
-                    generators=streams(seed, part.start, len(pixels)) if temperature else None,
+                    generators=streams(seed, part.start, len(counts)) if temperature else None,
+                    instruction_ids=rows["instruction_ids"].to(self.device) if "instruction_ids" in rows else None,
+                    instruction_mask=rows["instruction_mask"].to(self.device) if "instruction_mask" in rows else None,
                 )
                 out += [self.processor.decode(row) for row in ids.tolist()]
         return out
@@ -125,13 +136,17 @@ class WritesText(nn.Module):
         stop_ids: Sequence[int] | None = None,
         pad_id: int | None = None,
         generators: Sequence[torch.Generator] | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
     ) -> Tensor:
         """New token ids [B, n] behind prompts [B, T] with image placeholders, pads on either side; see ``write``.
 
-        By default a row stops at the processor's stop ids and is filled up with its pad id. The model should be in
-        eval mode.
+        By default a row stops at the processor's stop ids and sequences and is filled up with its pad id.
+        ``instruction_ids`` [B, Tq] and ``instruction_mask`` [B, Tq] go to a connector that reads them. The model should
+        be in eval mode.
         """
-        embeds = self._splice(input_ids, pixel_values)
+        text = self._instruction(_given(instruction_ids, instruction_mask))
+        embeds = self._splice(input_ids, pixel_values, text=text)
         real = None if attention_mask is None else attention_mask.bool()
         if real is not None and not bool(real.all()):
             embeds, _ = align_right(embeds, real)
@@ -144,13 +159,14 @@ class WritesText(nn.Module):
             self._layout(input_ids, real),
             decoding or Decoding(),
             stop_ids=sorted(self.processor.stop_ids) if stop_ids is None else stop_ids,
+            stop_sequences=self.processor.stop_sequences if stop_ids is None else (),
             pad_id=self.tokenizer.pad_id if pad_id is None else pad_id,
             generators=generators,
             prompt_ids=input_ids,
         )
 
     def score_text(
-        self, images: Sequence[ImageLike], texts: Sequence[str], prompts: Sequence[str] | None = None
+        self, images: Sequence[Images], texts: Sequence[str], prompts: Sequence[Prompt] | None = None
     ) -> Tensor:
         """log p(text | image, prompt) [N] in nats, over the text's tokens and its end; float32 on the model's device.
 
@@ -161,43 +177,57 @@ class WritesText(nn.Module):
         scores = [torch.empty(0, device=self.device)]
         with self._evaluating():
             for part in _chunks(len(images)):
-                rows = self._rows(texts[part], None if prompts is None else prompts[part])
-                scores.append(self._score(self.image_features(self._pixels(images[part])), rows))
+                shown, counts = _flat(images[part])
+                rows = self._rows(texts[part], None if prompts is None else prompts[part], counts)
+                scores.append(self._score(self._asked_features(shown, counts, rows), rows))
         return torch.cat(scores)
+
+    def _asked_features(self, images: Sequence[ImageLike], counts: Sequence[int], rows: Mapping[str, Tensor]) -> Tensor:
+        """The connector's tokens of all images, each given the instruction of its row, of which it is one of
+        ``counts``."""
+        text = self._instruction({key: value.to(self.device) for key, value in rows.items()})
+        if text is not None:
+            index = torch.tensor([row for row, n in enumerate(counts) for _ in range(n)], device=self.device)
+            text = Features(text.tokens[index], None if text.mask is None else text.mask[index])
+        return self.image_features(self._pixels(images), text)
 
     def score_candidates(
         self,
-        images: Sequence[ImageLike],
+        images: Sequence[Images],
         candidates: Sequence[Sequence[str]],
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[Prompt] | None = None,
     ) -> Tensor:
         """log p(candidate | image, prompt) [N, C] in nats, equal to ``score_text`` of every pair.
 
-        An image and its prompt are read once; the candidates continue from their keys and values.
+        Images may have lists of their own and of other lengths; -inf where a row has fewer than C. An image and its
+        prompt are read once; the candidates continue from their keys and values.
         """
         _same_length(images, candidates, "candidates")
         _same_length(images, prompts, "prompts")
-        counts = {len(c) for c in candidates}
-        if len(counts) > 1:
-            raise ConfigError(f"every image needs the same number of candidates, got {min(counts)} to {max(counts)}")
-        scores = [torch.empty(0, max(counts, default=0), device=self.device)]
+        width = max((len(c) for c in candidates), default=0)
+        scores = torch.full((len(images), width), -torch.inf, device=self.device)
         with self._evaluating():
             for part in _chunks(len(images)):
-                features = self.image_features(self._pixels(images[part]))  # [b, n, D]
+                shown, counts = _flat(images[part])
+                asked = None if prompts is None else prompts[part]
+                rows = self.processor.encode_prompts(asked, len(counts), images=counts)
+                features = torch.split(self._asked_features(shown, counts, rows), counts)  # [k, n, D] each
                 for n, texts in enumerate(candidates[part]):
-                    prompt = None if prompts is None else prompts[part.start + n]
-                    scores.append(self._rank(features[n : n + 1], texts, prompt)[None])
-        return torch.cat(scores)
+                    own = self._rank(features[n], texts, None if asked is None else asked[n])
+                    scores[part.start + n, : len(texts)] = own
+        return scores
 
-    def _rank(self, features: Tensor, texts: Sequence[str], prompt: str | None) -> Tensor:
-        """Scores [C] of texts that share one image [1, n, D] and one prompt."""
-        rows = self._rows(texts, None if prompt is None else [prompt] * len(texts))
+    def _rank(self, features: Tensor, texts: Sequence[str], prompt: Prompt | None) -> Tensor:
+        """Scores [C] of texts that share their images [k, n, D] and one prompt."""
+        if not len(texts):
+            return torch.empty(0, device=features.device)
+        rows = self._rows(texts, None if prompt is None else [prompt] * len(texts), [len(features)] * len(texts))
         ids, labels = rows["input_ids"], rows["labels"]
         # the columns that are equal in all rows and hold no target are read once
-        same = (ids == ids[:1]).all(0) & (labels == IGNORE).all(0) if len(texts) else ids.new_zeros(0).bool()
+        same = (ids == ids[:1]).all(0) & (labels == IGNORE).all(0)
         shared = min(int(same.long().cumprod(0).sum()), ids.shape[1] - 1)
         if len(texts) < 2 or shared < 1 or bool((ids[:, shared:] == self.image_token_id).any()):
-            return self._score(features.expand(len(texts), -1, -1), rows)
+            return self._score(features.repeat(len(texts), 1, 1), rows)
         cache = self.decoder.new_cache()
         prefix = TokenBatch(self._splice(ids[:1, :shared], None, features), self._layout(ids[:1, :shared], None))
         first = self.decoder(prefix, cache)[:, -1:]  # [1, 1, D]
@@ -215,9 +245,12 @@ class WritesText(nn.Module):
             scores.append(self._nats(hidden, labels[part, shared:]))
         return torch.cat(scores)
 
-    def _rows(self, texts: Sequence[str], prompts: Sequence[str] | None) -> dict[str, Tensor]:
-        """The processor's rows of texts, on the device, without the target that a leading BOS may be."""
-        rows = self.processor.encode_texts(texts, prompts)
+    def _rows(
+        self, texts: Sequence[str], prompts: Sequence[Prompt] | None, images: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """The processor's rows of texts about so many images each, on the device, without the target that a leading BOS
+        may be."""
+        rows = self.processor.encode_texts(texts, prompts, images)
         labels = rows["labels"]
         kept = labels != IGNORE
         bos = kept & (kept.long().cumsum(1) == 1) & (labels == self.tokenizer.bos_id)
@@ -253,6 +286,20 @@ class WritesText(nn.Module):
         finally:
             for module, mode in training:
                 module.training = mode
+
+
+def _given(instruction_ids: Tensor | None, instruction_mask: Tensor | None) -> dict[str, Tensor]:
+    """The part of a batch that is the instructions."""
+    given = {} if instruction_ids is None else {"instruction_ids": instruction_ids}
+    if instruction_mask is not None:
+        given["instruction_mask"] = instruction_mask.bool()
+    return given
+
+
+def _flat(images: Sequence[Images]) -> tuple[list[ImageLike], list[int]]:
+    """All images in order, and how many each text is about."""
+    groups: list[list[Any]] = [list(image) if isinstance(image, list | tuple) else [image] for image in images]
+    return [image for group in groups for image in group], [len(group) for group in groups]
 
 
 def _chunks(count: int) -> list[slice]:

@@ -127,6 +127,7 @@ def write(
     context: Tensor | None = None,
     context_mask: Tensor | None = None,
     prompt_ids: Tensor | None = None,
+    stop_sequences: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Continue each row of a prompt until a stop token or ``max_new_tokens``.
 
@@ -139,6 +140,8 @@ def write(
         context: [B, N, C] what a cross-attending decoder reads, handed over with the prompt.
         context_mask: [B, N] bool, True = real.
         prompt_ids: [B, T] the ids of the prompts, which a repetition penalty counts.
+        stop_sequences: Several tokens after which a row is finished, ``###`` in two pieces, say; beams do not look at
+            them.
 
     Returns:
         [B, n] int64 new token ids, n <= ``max_new_tokens``. Writing also ends where the decoder's context is full.
@@ -157,7 +160,8 @@ def write(
         )  # fmt: skip
     tokens = stream(
         decoder, embeds, layout, decoding,
-        stop_ids=stop_ids, pad_id=pad_id, generators=generators, prompt_ids=prompt_ids, **given,
+        stop_ids=stop_ids, pad_id=pad_id, generators=generators, prompt_ids=prompt_ids,
+        stop_sequences=stop_sequences, **given,
     )  # fmt: skip
     return torch.stack(list(tokens), dim=1)
 
@@ -175,6 +179,7 @@ def stream(
     context: Tensor | None = None,
     context_mask: Tensor | None = None,
     prompt_ids: Tensor | None = None,
+    stop_sequences: Sequence[Sequence[int]] = (),
 ) -> Iterator[Tensor]:
     """The columns of what ``write`` returns, [B] int64 each, as they are chosen; arguments as there.
 
@@ -195,6 +200,7 @@ def stream(
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = decoder.new_cache()
     token: Tensor | None = None
+    tail: list[Tensor] = []
     for step in range(min(decoding.max_new_tokens, room)):
         if token is not None:
             layout = decoder.grow(layout)
@@ -213,6 +219,12 @@ def stream(
         if seen is not None:
             seen = seen.scatter(1, token[:, None], True)
         done = done | torch.isin(token, stops)
+        if stop_sequences and step >= decoding.min_new_tokens:
+            tail.append(token)
+            for sequence in stop_sequences:
+                if len(sequence) <= len(tail):
+                    last = zip(tail[-len(sequence) :], sequence, strict=True)
+                    done = done | torch.stack([column == id for column, id in last]).all(0)
         if bool(done.all()):
             break
 
