@@ -129,3 +129,28 @@ def test_resampler_equals_a_literal_one(shake: Shake) -> None:
     short = model(Features(tokens, mask=mask)).tokens
     torch.testing.assert_close(short[0], out[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(short[1], literal_resampler(p, tokens[1, :4], 2, 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [0, 1])
+def test_pooling_averages_squares_of_patches(cls: int, shake: Shake) -> None:
+    tokens = torch.randn(2, cls + 24, 8)
+    features = Features(tokens, grid=(4, 6))
+    model = MLPConfig(pool=2).build(in_width=8, in_tokens=cls + 16, out_width=12)
+    shake(model)
+    out = model(features)
+    patches = tokens[:, cls:].view(2, 4, 6, 8)
+    for row in range(2):
+        for column in range(3):
+            mean = patches[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten(1, 2).mean(1)
+            torch.testing.assert_close(out.tokens[:, 3 * row + column], model.proj(mean))
+    assert (out.grid, model.tokens) == ((2, 3), 4)
+
+
+def test_pooling_needs_a_grid_it_divides() -> None:
+    with pytest.raises(ConfigError, match=r"pool = 3 cannot average 17 tokens"):
+        LinearConfig(pool=3).build(in_width=8, in_tokens=17, out_width=12)
+    model = LinearConfig(pool=2).build(in_width=8, in_tokens=16, out_width=12)
+    with pytest.raises(ConfigError, match=r"gives none"):
+        model(Features(torch.randn(1, 16, 8)))
+    with pytest.raises(ConfigError, match=r"does not divide the 3 x 5 grid"):
+        model(Features(torch.randn(1, 15, 8), grid=(3, 5)))

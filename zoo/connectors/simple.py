@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -23,17 +24,54 @@ def mlp(widths: list[int], act: type[nn.Module] = nn.GELU) -> nn.Sequential:
 
 
 class TokenWise(Connector):
-    """Applies ``proj`` to every token; mask and grid pass through, the pooled vector does not."""
+    """Applies ``proj`` to every token; mask and grid pass through, the pooled vector does not.
 
-    def __init__(self, proj: nn.Module, *, tokens: int, width: int) -> None:
+    Args:
+        pool: Side of the square of neighbouring patches that are averaged first; tokens before the grid (the class
+            token) are then dropped.
+    """
+
+    def __init__(self, proj: nn.Module, *, tokens: int, width: int, pool: int = 1) -> None:
         super().__init__()
         self.proj = proj
         self.tokens = tokens
         self.width = width
+        self.pool = pool
 
     def forward(self, features: Features, text: Features | None = None) -> Features:
+        if self.pool > 1:
+            features = averaged(features, self.pool)
         tokens: Tensor = self.proj(features.tokens)  # [B, N, D_in] -> [B, N, D_out]
         return Features(tokens, mask=features.mask, grid=features.grid)
+
+
+def averaged(features: Features, side: int) -> Features:
+    """Means over squares of ``side`` x ``side`` patches: [B, ... + h*w, D] -> [B, h/side * w/side, D].
+
+    Raises:
+        ConfigError: No grid of patches, tokens left out, or a grid that ``side`` does not divide.
+    """
+    if features.grid is None or features.mask is not None:
+        raise ConfigError("connector.pool averages whole grids of patches, and this encoder gives none: set it to 1")
+    height, width = features.grid
+    if height % side or width % side:
+        raise ConfigError(f"connector.pool = {side} does not divide the {height} x {width} grid of patches")
+    tokens = features.tokens[:, -height * width :].unflatten(1, (height // side, side, width // side, side))
+    return Features(tokens.mean((2, 4)).flatten(1, 2), grid=(height // side, width // side))
+
+
+def pooled_tokens(in_tokens: int, side: int) -> int:
+    """Tokens left of ``in_tokens``, a square grid with or without one token before it.
+
+    Raises:
+        ConfigError: No such grid, or ``side`` does not divide its side.
+    """
+    if side == 1:
+        return in_tokens
+    grid = math.isqrt(in_tokens)
+    if grid * grid not in (in_tokens, in_tokens - 1) or grid % side:
+        raise ConfigError(f"connector.pool = {side} cannot average {in_tokens} tokens: expected a grid it divides")
+    return (grid // side) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +90,21 @@ class IdentityConfig(ConnectorConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(ConnectorConfig):
-    """One linear map with bias (LLaVA, arXiv 2304.08485, section 4.1)."""
+    """One linear map with bias (LLaVA, arXiv 2304.08485, section 4.1).
+
+    Attributes:
+        pool: Side of the square of patches whose mean becomes one token, for comparisons at equal numbers of tokens.
+    """
+
+    pool: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pool < 1:
+            raise ValueError(f"pool = {self.pool} must be 1 or more")
 
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> TokenWise:
-        return TokenWise(nn.Linear(in_width, out_width), tokens=in_tokens, width=out_width)
+        tokens = pooled_tokens(in_tokens, self.pool)
+        return TokenWise(nn.Linear(in_width, out_width), tokens=tokens, width=out_width, pool=self.pool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +114,19 @@ class MLPConfig(ConnectorConfig):
 
     Attributes:
         depth: Number of linears. It names the connector (mlp2x), so ``scale`` leaves it alone.
+        pool: As of ``linear``.
     """
 
     depth: int = 2
+    pool: int = 1
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth = {self.depth} must be 1 or more")
+        if min(self.depth, self.pool) < 1:
+            raise ValueError(f"depth = {self.depth} and pool = {self.pool} must be 1 or more")
 
     def scaled(self, sizes: Mapping[str, Any]) -> Self:
         return self
 
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> TokenWise:
-        return TokenWise(mlp([in_width] + [out_width] * self.depth), tokens=in_tokens, width=out_width)
+        tokens = pooled_tokens(in_tokens, self.pool)
+        return TokenWise(mlp([in_width] + [out_width] * self.depth), tokens=tokens, width=out_width, pool=self.pool)
