@@ -56,7 +56,8 @@ def averaged(features: Features, side: int) -> Features:
     height, width = features.grid
     if height % side or width % side:
         raise ConfigError(f"connector.pool = {side} does not divide the {height} x {width} grid of patches")
-    tokens = features.tokens[:, -height * width :].unflatten(1, (height // side, side, width // side, side))
+    tokens = features.tokens[:, -height * width :]
+    tokens = tokens.view(len(tokens), height // side, side, width // side, side, -1)  # [B, h/s, s, w/s, s, D]
     return Features(tokens.mean((2, 4)).flatten(1, 2), grid=(height // side, width // side))
 
 
