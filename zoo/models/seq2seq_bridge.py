@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -19,13 +19,15 @@ from zoo.decoders.seq2seq_lm import Seq2SeqLM, Seq2SeqLMConfig
 from zoo.encoders.base import ImageEncoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, TokenBatch, lay_out
+from zoo.layout_facts import Reads
 from zoo.models.bridge import TYPICAL_TEXT, Bridge, BridgeConfig
-from zoo.models.writing import CANDIDATES, IGNORE
+from zoo.models.writing import CANDIDATES, IGNORE, _given
 from zoo.part import PartConfig
 from zoo.sampling.text import Decoding, write
 
 if TYPE_CHECKING:
     from zoo.data.processor import PromptProcessor
+    from zoo.models.writing import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class Seq2SeqBridgeConfig(BridgeConfig):
             language modelling.
         split: Cut captions in training, the encoder reading the first piece; False = the decoder writes all of it.
     """
+
+    per_stage: ClassVar[frozenset[str]] = BridgeConfig.per_stage | {"split"}
 
     template: str = "prefix"
     split: bool = True
@@ -150,14 +154,12 @@ class Seq2SeqBridge(Bridge):
         features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, t, D] for the language model's encoder, pads behind, and their mask (None = all real)."""
-        given = {} if instruction_ids is None else {"instruction_ids": instruction_ids}
-        if instruction_mask is not None:
-            given["instruction_mask"] = instruction_mask.bool()
+        text = self._instruction(_given(instruction_ids, instruction_mask))
         real = None if attention_mask is None else attention_mask.bool()
         if real is not None:
             input_ids, real = align_left(input_ids, real)
             real = None if bool(real.all()) else real
-        return self._splice(input_ids, pixel_values, features, text=self._instruction(given)), real
+        return self._splice(input_ids, pixel_values, features, text=text), real
 
     def _start(self, batch: int) -> Tensor:
         return torch.full((batch, 1), self.decoder_config.start_id, dtype=torch.long, device=self.device)
@@ -200,7 +202,7 @@ class Seq2SeqBridge(Bridge):
         )
 
     def _rows(
-        self, texts: Sequence[str], prompts: Sequence[Any] | None, images: Sequence[int] | None = None
+        self, texts: Sequence[str], prompts: Sequence[Prompt] | None, images: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         rows = self.processor.encode_texts(texts, prompts, images)
         return {key: value.to(self.device) for key, value in rows.items()}
@@ -210,8 +212,8 @@ class Seq2SeqBridge(Bridge):
         labels = rows["labels"]
         return self._nats(self.decode(self.shift_right(labels), context, mask), labels)
 
-    def _rank(self, features: Tensor, texts: Sequence[str], prompt: Any) -> Tensor:
-        """Scores [C] of texts about one image [1, n, D] and prompt, which the encoder reads once for all of them."""
+    def _rank(self, features: Tensor, texts: Sequence[str], prompt: Prompt | None) -> Tensor:
+        """Scores [C] of texts about the same images [k, n, D] and prompt, which the encoder reads once for all."""
         if not len(texts):
             return torch.empty(0, device=features.device)
         rows = self._rows(texts, None if prompt is None else [prompt] * len(texts), [len(features)] * len(texts))
@@ -242,43 +244,19 @@ class Seq2SeqBridge(Bridge):
         """Turns samples into ``forward``'s batch; made on first use.
 
         Raises:
-            ConfigError: The tokenizer has more ids than the decoder has rows.
+            ConfigError: A tokenizer has more ids than the part that reads them has rows.
         """
         if self._processor is None:
-            from zoo.data.images import ImageTransform
             from zoo.data.prefix import PrefixProcessor
 
-            tokenizer, image = self.tokenizer, self.image_config
-            if tokenizer.vocab_size > self.decoder_config.vocab_size:
-                raise ConfigError(
-                    f"tokenizer {self.decoder_config.tokenizer!r} has {tokenizer.vocab_size} ids, decoder.vocab_size"
-                    f" is {self.decoder_config.vocab_size}: set one to fit the other"
-                )
-            transform = ImageTransform(
-                size=image.image_size,
-                mean=tuple(image.mean),
-                std=tuple(image.std),
-                mode=cast("Any", image.resize),
-                augment=cast("Any", self.config.augment),
-            )
-            self._processor = PrefixProcessor(
-                transform,
-                tokenizer,
-                self.config.template,
-                image_tokens=self.connector.tokens,
-                image_token_id=self.image_token_id,
-                max_length=self.decoder_config.context_length,
-                prompt=self.config.prompt,
-                split=self.config.split,
-                seed=self.seed,
-            )
+            self._processor = PrefixProcessor(**self._processor_fields(), split=self.config.split)
         return self._processor
 
     def layouts(self) -> dict[str, Layout]:
         """What the language model's two stacks read, for a caption of typical length cut in the middle."""
         image = Segment("image", self.connector.tokens, "image", "full")
         prefix = Segment("prefix", self._typical_prefix, "text", "full")
-        both: Any = {("image", "prefix"): "all", ("prefix", "image"): "all"}
+        both: dict[tuple[str, str], Reads] = {("image", "prefix"): "all", ("prefix", "image"): "all"}
         return {
             "encoder": lay_out([image, prefix], relation=both),
             "decoder": lay_out([Segment("text", self.typical_targets, "text", "causal", predicted=True)]),
