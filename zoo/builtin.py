@@ -7,6 +7,7 @@ from typing import Any
 from zoo.builtin_blip2 import BLIP2
 from zoo.builtin_coca import COCA
 from zoo.builtin_cogvlm import COGVLM
+from zoo.builtin_dialogue import DIALOGUE
 from zoo.builtin_glm import GLM
 from zoo.builtin_language import LANGUAGE
 from zoo.builtin_scenes import SCENES
@@ -437,6 +438,19 @@ TASKS = (
 
 PARTS = (*ENCODERS, *TEXT_ENCODERS, *CONNECTORS, *DECODERS, *LANGUAGE, *TRUNKS, *TOKENIZERS, *IMAGE_TOKENIZERS)
 
-WIRED = (*TOWERS, *COCA, *BRIDGE, *COGVLM, *GLM, *BLIP2, *T5, *EXPERTS, *MASKED_EXPERTS, *AUTOENCODER, *FUSION)
+WIRED = (
+    *TOWERS,
+    *COCA,
+    *BRIDGE,
+    *COGVLM,
+    *GLM,
+    *BLIP2,
+    *DIALOGUE,
+    *T5,
+    *EXPERTS,
+    *MASKED_EXPERTS,
+    *AUTOENCODER,
+    *FUSION,
+)
 
 PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *DATA, *TASKS, *SCENES))

@@ -356,7 +356,8 @@ class Bridge(WritesText, Model):
             "preamble": self.config.preamble,
         }
         if self.instruction_tokenizer is not None:
-            fields |= {"instructed": self.instruction_tokenizer, "instruction_length": connector.instruction_length}
+            longest = min(connector.instruction_length, connector.context_length)
+            fields |= {"instructed": self.instruction_tokenizer, "instruction_length": longest}
         return fields
 
     def layouts(self) -> dict[str, Layout]:

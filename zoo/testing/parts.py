@@ -175,8 +175,11 @@ def check_connector(name: str, *, scale: str | None = "tiny", in_width: int = 48
         module: Any = shake(build())
     x = _random(3, 16, in_width)
 
+    asked = torch.arange(1, 13).view(3, 4)
+
     def run(m: Any, rows: slice = slice(None)) -> Features:
-        features: Features = m(Features(x[rows], grid=(4, 4)))
+        text = m.embed_text(asked[rows]) if m.reads_text else None
+        features: Features = m(Features(x[rows], grid=(4, 4)), text)
         return features
 
     with torch.no_grad():
