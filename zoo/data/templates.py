@@ -34,6 +34,7 @@ class Template:
         inline: text written for an ``<image>`` inside a question.
         image_first: the only ``<image>`` of a question moves to its start, where ``image`` is written.
         image_before_bos: the slots stand before BOS, wherever the questions place images.
+        image_ahead: the images stand before the text around the first question, wherever the questions place them.
         bos: what starts a row: the tokenizer's BOS, or its EOS.
         turn_bos: later turns start with it too.
         question: text around each question, up to and with what calls for the answer.
@@ -62,6 +63,7 @@ class Template:
     inline: str = IMAGE
     image_first: bool = False
     image_before_bos: bool = False
+    image_ahead: bool = False
     bos: Literal["bos", "eos"] = "bos"
     turn_bos: bool = False
     question: str = "{question}"
@@ -157,12 +159,12 @@ def _minigpt4(name: str, **pieces: object) -> Template:
 
 def _cogvlm(form: str, **pieces: str) -> Template:
     fields = {"name": f"cogvlm_{form}", "answer": "{answer}", **pieces}
-    return Template(eos=True, joined=False, last_only=True, **fields)  # type: ignore[arg-type]
+    return Template(image_ahead=True, eos=True, joined=False, last_only=True, **fields)  # type: ignore[arg-type]
 
 
 def _visualglm(name: str, question: str) -> Template:
     pieces = {"image": "<img><image></img>", "answer": "{answer}", "between": "\n", "mask": "[gMASK]"}
-    return Template(name=name, question=question, eos=True, last_only=True, **pieces)  # type: ignore[arg-type]
+    return Template(name=name, question=question, image_ahead=True, eos=True, last_only=True, **pieces)  # type: ignore[arg-type]
 
 
 TEMPLATES: dict[str, Template] = {
@@ -379,9 +381,12 @@ def lay_out(
             row.special(bos)
         pattern = template.question.replace("{system}", "" if number else system)
         before, _, after = pattern.partition("{question}")
+        if template.image_ahead and not number:
+            for _ in range(images):
+                image(template.image)
         row.text(template.trained_marker, True)
         row.text(before.removeprefix(template.trained_marker))
-        if first:
+        if first or template.image_ahead:
             question = " ".join(question.replace(IMAGE, " ").split()) if IMAGE in question else question
         elif template.image_first and question.count(IMAGE) == 1:
             image(template.image)
