@@ -34,6 +34,13 @@ class TrainerConfig(PartConfig):
         log_every: Steps between two lines of the curve.
         checkpoint_every: Steps between two resumable checkpoints; 0 = only at the end of a stage and on interruption.
         deterministic: Refuse operations without a deterministic implementation.
+        cache_features: Read the tokens of a frozen encoder from disk, where each image's are computed once for all
+            runs (``zoo.data.feature_cache``).
+        cache_dir: Folder of the cached features; empty = the zoo's own cache folder.
+        cache_max_gb: What all cached features together may take, in 10^9 bytes. Sets that were used least recently and
+            by no running process are removed to make room; a run that needs more than this is refused.
+        cache_dtype: ``computed`` stores what the encoder returns, ``float16`` rounds it to half the size of fp32, which
+            changes what is learned a little and counts as another run.
     """
 
     accelerator: str = "auto"
@@ -47,6 +54,10 @@ class TrainerConfig(PartConfig):
     log_every: int = 10
     checkpoint_every: int = 100
     deterministic: bool = False
+    cache_features: bool = False
+    cache_dir: str = ""
+    cache_max_gb: float = 20.0
+    cache_dtype: str = "computed"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -56,11 +67,16 @@ class TrainerConfig(PartConfig):
         for name in ("devices", "nodes", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be 1 or more")
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype = {self.cache_dtype!r}{near(self.cache_dtype, CACHE_DTYPES)}")
+        if not self.cache_max_gb > 0:
+            raise ValueError(f"cache_max_gb = {self.cache_max_gb} must be more than 0")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema} must be in [0, 1)")
 
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+CACHE_DTYPES = ("computed", "float16")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 
 
@@ -201,7 +217,10 @@ class RunConfig:
         """
         plain = self.to_plain()
         plain["recipe"].pop("changed")
-        plain["trainer"] = {k: plain["trainer"][k] for k in ("precision", "ema", "accumulate")}
+        deciding = ["precision", "ema", "accumulate"]
+        if self.trainer.cache_features and self.trainer.cache_dtype != "computed":
+            deciding.append("cache_dtype")
+        plain["trainer"] = {k: plain["trainer"][k] for k in deciding}
         return digest(plain)[:8]
 
     def directory(self, out: str | Path) -> Path:

@@ -20,6 +20,7 @@ import torch
 from zoo.compare import record
 from zoo.compare.flops import count_recipe
 from zoo.errors import RunError, WeightsError
+from zoo.frozen_features import RunFeatures, open_features
 from zoo.part import derived_seed
 from zoo.run_config import PRECISIONS, RunConfig, digest
 from zoo.torchvision_ops import ensure
@@ -308,7 +309,7 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
     source = catalogue()["data"].parse(config.data["name"], values, "data").build(config.recipe.image_size)
     module = build_module(config.recipe, config.seed)
     manifest = Manifest(folder, start_manifest(config, module, source), main)
-    manifest.update(flops=training_flops(config), status="running")
+    manifest.update(status="running")
     try:
         train(folder, config, module, source, manifest, progress if main else None)
         if torch.distributed.is_initialized():  # one process evaluates; metrics must not wait for the others
@@ -384,13 +385,21 @@ def start_manifest(config: RunConfig, module: ZooModule, source: Source) -> dict
     }
 
 
-def training_flops(config: RunConfig) -> dict[str, Any]:
-    """FLOPs of one sample in each stage, and of the whole run."""
-    stages = count_recipe(config.recipe)
+def training_flops(config: RunConfig, cached: RunFeatures | None = None) -> dict[str, Any]:
+    """FLOPs of one sample in each stage, and of the whole run.
+
+    With cached features a step has no forward pass of the encoder; one for every image the run reads is added, whether
+    this run made it or one before: variants of a sweep then compare whichever came first.
+    """
+    stages = count_recipe(config.recipe, cached=cached is not None)
     steps = config.stage_steps()
-    last = stages[-1].to_plain()
     total = sum(f.per_sample * n * config.batch_size for f, n in zip(stages, steps, strict=True))
-    return {**last, "total": total, "stages": [f.to_plain() for f in stages]}
+    plain = {**stages[-1].to_plain(), "stages": [f.to_plain() for f in stages]}
+    if cached is not None:
+        encoder = count_recipe(config.recipe)[0].frozen_forward - stages[0].frozen_forward
+        plain["features"] = {"images": cached.images, "forward": encoder, "total": encoder * cached.images}
+        total += encoder * cached.images
+    return {**plain, "total": total}
 
 
 def train(
@@ -406,6 +415,8 @@ def train(
     done = int(state["zoo_stage"]) if state else 0
     steps = config.stage_steps()
     order = SampleOrder(source.ids("train"), config.seed)
+    cached = open_features(config, module, source, progress) if config.trainer.cache_features else None
+    manifest.update(flops=training_flops(config, cached), features=None if cached is None else cached.to_plain())
     if config.trainer.compile:
         module.model.compile()
     ranks = config.trainer.devices * config.trainer.nodes
@@ -439,6 +450,7 @@ def train(
             world_size=ranks,
             workers=config.trainer.workers,
             pin_memory=torch.cuda.is_available() and config.trainer.accelerator != "cpu",
+            features=None if cached is None else cached.features,
         )
         with keeper.listening(), quiet_lightning():
             trainer.fit(module, batches, ckpt_path=str(path) if state is not None else None, weights_only=True)

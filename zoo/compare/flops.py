@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -46,8 +46,11 @@ def samples(module: ZooModule) -> int:
     return math.lcm(BATCH, *(module.objectives[name].parts for name in module.active))  # type: ignore[arg-type]
 
 
-def count(module: ZooModule) -> Flops:
+def count(module: ZooModule, cached: bool = False) -> Flops:
     """Count the current stage of a module whose parameters are on the meta device.
+
+    Args:
+        cached: The frozen encoder's tokens come from a cache, so that a step has no forward pass of it.
 
     Matrix products, convolutions and attention are counted, as ``torch.utils.flop_counter`` defines them; norms,
     activations and
@@ -56,6 +59,10 @@ def count(module: ZooModule) -> Flops:
     """
     size = samples(module)
     batch = module.model.example_batch(size)
+    if cached:
+        encoder: Any = module.model.encoder
+        pixels = batch.pop("pixel_values")
+        batch["image_tokens"] = pixels.new_zeros(len(pixels), encoder.tokens, encoder.width)
     was = module.training
     module.train()
     forward = FlopCounterMode(display=False)
@@ -71,8 +78,8 @@ def count(module: ZooModule) -> Flops:
     return Flops(frozen // size, (both - frozen) // size, backward.get_total_flops() // size)
 
 
-def count_recipe(recipe: Recipe) -> list[Flops]:
-    """FLOPs of one sample in each stage of a recipe."""
+def count_recipe(recipe: Recipe, cached: bool = False) -> list[Flops]:
+    """FLOPs of one sample in each stage of a recipe; ``cached`` as in ``count``."""
     from zoo.api import build_module
 
     with torch.device("meta"):
@@ -80,7 +87,7 @@ def count_recipe(recipe: Recipe) -> list[Flops]:
     flops = []
     for stage in range(len(recipe.stages)):
         module.set_stage(stage)
-        flops.append(count(module))
+        flops.append(count(module, cached))
     return flops
 
 

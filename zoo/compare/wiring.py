@@ -84,7 +84,8 @@ def wiring_text(recipe: Recipe) -> str:
         trained = sum(r.trained for r in rows)
         lines += ["", f"stage {index + 1} of {len(recipe.stages)}: {stage.name}"]
         lines += [f"  {r.path:<{width}}  {r.name:<{names}}  {short(r.parameters):>8}  {r.state}" for r in rows]
-        lines.append(f"  {'total':<{width}}  {'':<{names}}  {short(total):>8}  {short(trained)} trained")
+        share = f"{short(trained)} trained = {100 * trained / total:.3g} %"
+        lines.append(f"  {'total':<{width}}  {'':<{names}}  {short(total):>8}  {share}")
         flops = count(module)
         lines.append(
             f"  FLOPs a sample: {short(flops.frozen_forward)} frozen forward, "

@@ -208,6 +208,15 @@ class Folder:
             raise DataError(f"unknown sample {id!r}{near(id, list(self._items)[:10000])}")
         return Sample(id, decode(item.path, id, self.config.max_pixels), tuple(item.texts), {})
 
+    def text_sample(self, id: str) -> Sample:
+        """Return the sample without its image, which is not opened."""
+        return Sample(id, None, tuple(self._items[id].texts), {})
+
+    def image_stamp(self, id: str) -> str:
+        """Return the state of the image's file, which changes when the file does: size and time of change."""
+        state = self._items[id].path.stat()
+        return f"{state.st_size}/{state.st_mtime_ns}"
+
 
 def _rows(path: Path, bad: BadSamples) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row); rows that do not parse are counted in ``bad``."""

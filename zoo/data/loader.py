@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -14,6 +14,9 @@ from zoo.data.order import Draw, Order, share
 from zoo.data.processor import Processor
 from zoo.data.sample import ArraySource, BadSample, BadSamples, Sample, Source
 from zoo.errors import ConfigError, DataError, ZooError
+
+if TYPE_CHECKING:
+    from zoo.data.feature_cache import CachedFeatures
 
 Batch = dict[str, Tensor]
 
@@ -44,14 +47,16 @@ class StepDataset(Dataset[_Step]):
         rank: int,
         world_size: int,
         train: bool,
+        features: CachedFeatures | None = None,
     ) -> None:
         self.source = source
-        self.processor = processor
+        self.processor = processor if features is None else features.over(processor)
         self.order = order
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.train = train
+        self.features = features
 
     def __getitem__(self, step: int) -> _Step:
         bad: dict[str, str] = {}
@@ -65,10 +70,20 @@ class StepDataset(Dataset[_Step]):
         start, stop = share(step, self.batch_size, self.rank, self.world_size)
         places = self.order.slice(start, stop)
         ids, draws = [p.id for p in places], [p.draw for p in places]
+        if self.features is not None:
+            marked = [self._marked(self.features, place, start + i, bad) for i, place in enumerate(places)]
+            return self.features.tokens(self.processor(marked, self.train, draws))
         if isinstance(self.source, ArraySource):
             samples = [self.source.text_sample(id) for id in ids]
             return self.processor(samples, self.train, draws, self.source.images(ids))
         return self.processor([self._good(place, start + i, bad) for i, place in enumerate(places)], self.train, draws)
+
+    def _marked(self, features: CachedFeatures, place: Draw, position: int, bad: dict[str, str]) -> Sample:
+        """The sample of a place with cached images; where the source can tell the rest, no image is read."""
+        alone = getattr(self.source, "text_sample", None)
+        if alone is not None and features.knows(place.id):
+            return features.mark(alone(place.id), known=True, place=position)
+        return features.mark(self._good(place, position, bad), place=position)
 
     def _good(self, place: Draw, position: int, bad: dict[str, str]) -> Sample:
         """Return the sample of a place, or of the same place in the next steps until one can be read.
@@ -145,6 +160,7 @@ def loader(
     workers: int = 0,
     train: bool = True,
     pin_memory: bool = False,
+    features: CachedFeatures | None = None,
 ) -> StepLoader:
     """Return the batches of steps ``start_step`` to ``stop_step`` (None: without end) for one rank.
 
@@ -154,6 +170,7 @@ def loader(
         batch_size: of all ranks together.
         workers: processes that prepare batches; 0 prepares them in this one.
         train: augment, and draw one of several captions; False is as in evaluation.
+        features: read ``image_tokens`` of a frozen encoder from here in place of ``pixel_values``.
 
     Raises:
         ConfigError: the batch cannot be shared by the ranks.
@@ -169,7 +186,7 @@ def loader(
         # forked workers use the tokenizer of their parent; its own threads would not survive the fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     made = StepLoader(
-        StepDataset(source, processor, order, batch_size, rank, world_size, train),
+        StepDataset(source, processor, order, batch_size, rank, world_size, train, features),
         batch_size=None,
         sampler=_Steps(start_step, stop_step),
         num_workers=workers,

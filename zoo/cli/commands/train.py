@@ -100,8 +100,11 @@ def leaderboard(folders: Sequence[Path]) -> None:
 
 
 def check_offline(config: RunConfig) -> None:
-    """What a run needs from outside and can be checked at once: its data."""
+    """What can be checked at once: the data a run needs from outside, and whether its features can be cached."""
+    from zoo.frozen_features import check_cacheable
     from zoo.plugin import catalogue
+
+    check_cacheable(config)
 
     values = {k: v for k, v in config.data.items() if k != "name"}
     source = catalogue()["data"].parse(config.data["name"], values, "data").build(config.recipe.image_size)
