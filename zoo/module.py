@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters import is_adapter
 from zoo.capabilities import capabilities_of
 from zoo.errors import ConfigError, near
 from zoo.models.base import Model
 from zoo.objectives.base import Objective
 from zoo.objectives.momentum import Momentum, shared_momentum
+from zoo.quantized import is_quantized
 from zoo.recipe import OptimizerConfig, Recipe
 from zoo.torchvision_ops import ensure
 
@@ -62,6 +64,29 @@ def _inside(name: str, path: str) -> bool:
     return len(steps) >= len(places) and all(p in ("*", s) for s, p in zip(steps, places, strict=False))
 
 
+def trained_names(parameters: Mapping[str, Any], train: list[str], freeze: list[str]) -> set[str]:
+    """Names of the parameters that learn when the paths ``train`` do and ``freeze`` do not.
+
+    Of a part with adapters (LoRA) its adapters learn alone, also under ``"*"``; what is beside them, an embedding
+    table say, learns where a path names it that has no adapter inside.
+    """
+    adapters = {name for name in parameters if is_adapter(name)}
+    adapted = {name.split(".")[0] for name in adapters}
+
+    def whole(path: str) -> bool:
+        return path != "*" and not any(_inside(name, path) for name in adapters)
+
+    def learns(name: str) -> bool:
+        paths = [path for path in train if path == "*" or _inside(name, path)]
+        if any(path == "*" or _inside(name, path) for path in freeze):
+            return False
+        if name in adapters or name.split(".")[0] not in adapted:
+            return bool(paths)
+        return any(whole(path) for path in paths)
+
+    return {name for name in parameters if learns(name)}
+
+
 class ZooModule(LightningModule):
     """What ``zoo.build`` returns: trains in ``Trainer.fit``, offers its model's capabilities, and shows its wiring.
 
@@ -94,18 +119,29 @@ class ZooModule(LightningModule):
         self.stage = index
         stage = self.recipe.stages[index]
         known = {name for name, _ in self.model.named_modules() if name} | {n for n, _ in self.model.named_parameters()}
-        for path in (*stage.train, *stage.freeze):
+        for path in (*stage.train, *stage.freeze, *stage.lr):
             if path != "*" and not any(_inside(name, path) for name in known):
                 top = {name for name in known if "." not in name}
                 raise ConfigError(
                     f"stage {stage.name!r} names {path!r}, which {self.recipe.name} does not have{near(path, top)}"
                 )
 
-        def matches(name: str, paths: list[str]) -> bool:
-            return any(path == "*" or _inside(name, path) for path in paths)
-
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(matches(name, stage.train) and not matches(name, stage.freeze))
+        parameters = dict(self.model.named_parameters())
+        learns = trained_names(parameters, stage.train, stage.freeze)
+        held = next((name for name in learns if is_quantized(parameters[name])), None)
+        if held is not None:
+            slot = held.split(".")[0]
+            raise ConfigError(
+                f"stage {stage.name!r} trains {held}, which {slot}.quantize holds in fewer bits: set {slot}.lora_rank,"
+                f" or leave {slot} out of what the stage trains"
+            )
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in learns)
+        for path in stage.lr:
+            if not any(path == "*" or _inside(name, path) for name in learns):
+                raise ConfigError(
+                    f"stage {stage.name!r} gives {path!r} a learning rate, but nothing in it learns there"
+                )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ConfigError(
                 f"stage {stage.name!r} trains {', '.join(stage.train)}: nothing in {self.recipe.name} would learn"
@@ -175,18 +211,29 @@ class ZooModule(LightningModule):
         steps = self.steps if self.steps is not None else int(self.trainer.estimated_stepping_batches)
         if self.momentum is not None:
             self.momentum.steps = steps
-        decay: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 exempt = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
-                (plain if exempt else decay).append(parameter)
-        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+                groups.setdefault((self.rate_of(name, config.lr), exempt), []).append(parameter)
+        order = sorted(groups, key=lambda group: (group[0] != config.lr, group))  # the curve shows the first one's rate
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps
+            [
+                {"params": groups[rate, exempt], "lr": rate, "weight_decay": 0.0 if exempt else config.weight_decay}
+                for rate, exempt in order
+            ],
+            lr=config.lr,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
         )
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def rate_of(self, name: str, default: float) -> float:
+        """Peak learning rate of a parameter in this stage: that of the longest path in ``Stage.lr``, or ``default``."""
+        rates = self.recipe.stages[self.stage].lr
+        paths = [p for p in rates if p == "*" or _inside(name.removeprefix("model."), p)]
+        return rates[max(paths, key=lambda p: (p.count("."), len(p)))] if paths else default
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

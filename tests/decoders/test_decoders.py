@@ -142,12 +142,16 @@ def test_tied_head_is_the_table() -> None:
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
+        ("opt-125m", 125.2),
         ("opt-2.7b", 2651.6),
         ("opt-6.7b", 6658.5),
+        ("llama-2-7b", 6738.4),
+        ("llama-2-13b", 13015.9),
         ("vicuna-7b", 6738.4),
         ("vicuna-13b", 13015.9),
         ("phi-2", 2779.7),
         ("smollm2-135m", 134.5),
+        ("smollm2-135m-new", 134.5),
         ("gpt2", 124.4),
     ],
 )

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters import AdapterFields, add_adapters
 from zoo.decoders.base import Decoder, DecoderConfig
 from zoo.errors import ConfigError, near
 from zoo.layout import Layout, TokenBatch
 from zoo.layout_facts import kind
+from zoo.quantized import QuantizeFields, quantize
 
 SIZES: dict[str, dict[str, str]] = {
     "gpt2": {
@@ -51,7 +53,7 @@ merged."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLMConfig(DecoderConfig):
+class CausalLMConfig(QuantizeFields, AdapterFields, DecoderConfig):
     """A transformers causal LM by family and size. Defaults: a Llama of SmolLM2-135M's size.
 
     Attributes:
@@ -75,6 +77,8 @@ class CausalLMConfig(DecoderConfig):
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.check_adapters()
+        self.check_quantize()
         if self.heads < 1 or (self.width % self.heads and "head_dim" not in self.options):
             raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}")
         if self.kv_heads and self.heads % self.kv_heads:
@@ -124,6 +128,13 @@ class CausalLMConfig(DecoderConfig):
         # token ids of the library's default vocabulary would lie outside a small one; decoding here is told its own
         tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         return AutoConfig.for_model(self.family, **{**tokens, "vocab_size": self.vocab_size, **sizes, **self.options})
+
+    def language_model(self, library: Any, attention: str) -> nn.Module:
+        """The transformers model of ``library`` with new weights."""
+        from transformers import AutoModelForCausalLM
+
+        model: nn.Module = AutoModelForCausalLM.from_config(library, attn_implementation=attention)
+        return model
 
     def build(self) -> CausalLM:
         return CausalLM(self)
@@ -184,7 +195,9 @@ class CausalLM(Decoder):
         self.config = config
         self._fused = bool(AutoModelForCausalLM._model_mapping[type(library)]._supports_sdpa)
         attention = "sdpa" if self._fused else "eager"
-        self.lm: nn.Module = AutoModelForCausalLM.from_config(library, attn_implementation=attention)
+        self.lm = config.language_model(library, attention)
+        quantize(self.lm, config)
+        add_adapters(self.lm, config)
         self.width = self._embedding.weight.shape[1]
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length

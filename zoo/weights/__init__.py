@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from zoo.weights.load import load, load_model
 from zoo.weights.report import LoadReport
-from zoo.weights.save import save
+from zoo.weights.save import save, save_merged
 
-__all__ = ["LoadReport", "load", "load_model", "save"]
+__all__ = ["LoadReport", "load", "load_model", "save", "save_merged"]

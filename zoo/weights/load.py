@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoo.adapters import fit_names, is_adapter
 from zoo.errors import ConfigError, WeightsError
 from zoo.models.base import Model
 from zoo.recipe import SLOTS, Recipe, resolve, split_changes
@@ -184,7 +185,12 @@ def _same_tokenizer(stored: Recipe, recipe: Recipe) -> bool:
 def _fill(network: Model, checkpoint: _Checkpoint, touched: dict[str, bool], strict: bool) -> LoadReport:
     """Load what fits; everything that does not must be explained by a change, the key map, or ``strict=False``."""
     own = network.state_dict()
-    state = dict(checkpoint.state)
+    state = fit_names(checkpoint.state, own)
+    if any(map(is_adapter, state)) and not any(map(is_adapter, own)):
+        raise WeightsError(
+            f"{checkpoint.report.source!r} holds LoRA adapters and the model has none: keep lora_rank, or write their"
+            " sum with the weights first (zoo.weights.save_merged)"
+        )
     resized = _resized(network, own, state)
     exchanged = [slot for slot, other in touched.items() if other]
     for slot, other in touched.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.errors import WeightsError
+from zoo.errors import ConfigError, WeightsError
 from zoo.recipe import Recipe
 
 RECIPE, WEIGHTS, TOKENIZER = "recipe.json", "model.safetensors", "tokenizer"
@@ -51,6 +51,34 @@ def save(model: nn.Module, recipe: Recipe, folder: str | Path) -> Path:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def save_merged(module: Any, folder: str | Path) -> Path:
+    """Write a checkpoint without adapters: each adapted weight is ``W + (alpha / rank) B A`` (LoRA, section 4.1).
+
+    Args:
+        module: What ``zoo.build`` or ``zoo.from_pretrained`` returned, with adapters in some part.
+
+    Raises:
+        ConfigError: It has no adapters.
+        WeightsError: As ``save``.
+    """
+    import torch
+
+    from zoo.adapters import is_adapter, merged_state
+
+    recipe: Recipe = module.recipe
+    slots = {name.split(".")[0] for name in module.model.state_dict() if is_adapter(name)}
+    if not slots:
+        raise ConfigError(f"{recipe.name} has no adapters to merge: save it as it is")
+    changes: dict[str, Any] = {slot: {"lora_rank": 0, "quantize": "none"} for slot in sorted(slots)}
+    plain = recipe.with_(**changes)
+    with torch.device("meta"):
+        network: nn.Module = plain.wiring[1].build(plain.parts, 0)
+    network.load_state_dict(merged_state(module.model), assign=True)
+    if hasattr(type(network), "tokenizer"):
+        setattr(network, "tokenizer", module.model.tokenizer)  # noqa: B010  what has a tokenizer takes one
+    return save(network, plain, folder)
 
 
 def _write(network: Any, recipe: Recipe, folder: Path) -> None:
