@@ -185,7 +185,10 @@ class BlankImages:
         sample = self.source.sample(id)
         if sample.image is None:
             return sample
-        return Sample(sample.id, Image.new("RGB", sample.image.size, self.color), sample.texts, sample.meta)
+        meta = dict(sample.meta)
+        if meta.get("images"):
+            meta["images"] = tuple(Image.new("RGB", image.size, self.color) for image in meta["images"])
+        return Sample(sample.id, Image.new("RGB", sample.image.size, self.color), sample.texts, meta)
 
     def _images(self, ids: Sequence[str]) -> NDArray[np.uint8]:
         import numpy as np
