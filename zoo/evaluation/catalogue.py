@@ -49,6 +49,64 @@ def _recall(way: str, k: int, primary: bool = False, stage: str = "") -> MetricI
     )
 
 
+QUESTION_KINDS = ("what", "count", "exist", "where", "relation", "which", "colour")
+ANSWER_TYPES = ("yes_no", "number", "other")
+STRATEGIES = ("random", "popular", "adversarial")
+
+
+def _answering() -> dict[str, MetricInfo]:
+    """The metrics of ``question-answering``; each is a ratio of sums of the columns of its rows."""
+
+    def part(label: str, column: str, help: str) -> MetricInfo:
+        return MetricInfo(
+            label=label, numerator=f"correct_{column}", denominator=column, percent=True, detail=True, help=help
+        )
+
+    def verdict(label: str, above: str, below: str, help: str, direction: bool | None = True) -> MetricInfo:
+        return MetricInfo(
+            label=label, higher_is_better=direction, numerator=above, denominator=below, percent=True, detail=True,
+            help=help,
+        )  # fmt: skip
+
+    return {
+        "accuracy": MetricInfo(
+            label="QA accuracy",
+            numerator="correct",
+            percent=True,
+            primary=True,
+            help="generated answers that equal the reference after the VQA normalisation (soft if there are several)",
+        ),
+        "blank_accuracy": MetricInfo(
+            label="QA blank",
+            higher_is_better=None,
+            numerator="correct_blank",
+            percent=True,
+            help="the same model and questions with blank images: what it answers without seeing",
+        ),
+        "gain": MetricInfo(
+            label="QA gain",
+            numerator="gain",
+            percent=True,
+            help="accuracy less that with blank images, question by question",
+        ),
+        **{f"accuracy_{k}": part(f"QA {k}", f"kind_{k}", f"accuracy on questions of kind {k}") for k in QUESTION_KINDS},
+        **{
+            f"accuracy_{t}": part(f"QA {t.replace('_', '/')}", f"type_{t}", f"accuracy where the answer is {t}")
+            for t in ANSWER_TYPES
+        },
+        **{
+            f"accuracy_exist_{s}": part(f"exist {s}", f"exist_{s}", f"POPE accuracy, what is missing chosen {s}")
+            for s in STRATEGIES
+        },
+        "exist_precision": verdict("exist precision", "true_yes", "said_yes", "POPE: right among those answered yes"),
+        "exist_recall": verdict("exist recall", "true_yes", "is_yes", "POPE: answered yes among those that are there"),
+        "exist_f1": verdict("exist F1", "twice_true_yes", "yes_said_or_true", "POPE: of precision and recall"),
+        "exist_yes_ratio": verdict(
+            "says yes", "said_yes", "kind_exist", "POPE: share answered yes; half is true", None
+        ),
+    }
+
+
 METRICS: dict[str, dict[str, MetricInfo]] = {
     "retrieval": {
         **{f"i2t_r{k}": _recall("i2t", k, primary=k == 1) for k in (1, 5, 10)},
@@ -116,6 +174,7 @@ METRICS: dict[str, dict[str, MetricInfo]] = {
             help="the generated text equals the name after normalisation",
         ),
     },
+    "question-answering": _answering(),
 }
 """Task name -> metric name -> meaning. Metrics that are only counts (items, candidates) are not listed."""
 

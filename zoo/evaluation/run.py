@@ -149,5 +149,5 @@ def _samples(results: dict[str, TaskResult], source: SourceLike, split: str) -> 
     return merged
 
 
-_PREFERENCE = ("likelihood", "likeliest names", "nearest captions", "written")
+_PREFERENCE = ("likelihood", "answers", "likeliest names", "nearest captions", "written")
 """Which kind of output says most about a model, last wins."""

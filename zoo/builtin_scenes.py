@@ -1,0 +1,26 @@
+"""Scenes, instruction data and question answering in the zoo's own manifest (``zoo.builtin``). Data only."""
+
+from __future__ import annotations
+
+from zoo.registry import Component
+
+SCENES = (
+    Component(
+        kind="data",
+        name="openmoji-scenes",
+        ref="zoo.data.scenes:ScenesConfig",
+        summary="icons on a canvas with exact captions, questions, boxes and masks, rendered from installed packages",
+    ),
+    Component(
+        kind="data",
+        name="llava-json",
+        ref="zoo.data.llava_json:LlavaJsonConfig",
+        summary="conversations about your images in LLaVA's JSON (file=PATH, root=PATH)",
+    ),
+    Component(
+        kind="task",
+        name="question-answering",
+        ref="zoo.evaluation.question_answering:QuestionAnsweringConfig",
+        summary="accuracy of generated short answers, by kind of question, with a blank-image control",
+    ),
+)
