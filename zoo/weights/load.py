@@ -17,7 +17,7 @@ from zoo.weights.files import State, locate, read_file, read_folder, read_json
 from zoo.weights.formats import Official, file_format, transformers_format
 from zoo.weights.keymaps import KeyMap, _pattern
 from zoo.weights.report import LoadReport, some
-from zoo.weights.save import RECIPE, TOKENIZER
+from zoo.weights.save import INSTRUCTION, RECIPE, TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def load_model(
         from zoo.data.text import load_tokenizer
 
         setattr(network, "tokenizer", load_tokenizer(saved))  # noqa: B010  what has a tokenizer takes one
+        if (saved / INSTRUCTION).is_dir() and stored.parts["connector"] == recipe.parts["connector"]:
+            setattr(network, "instruction_tokenizer", load_tokenizer(saved / INSTRUCTION))  # noqa: B010
     return network, recipe, report
 
 

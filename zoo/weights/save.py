@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError, WeightsError
 from zoo.recipe import Recipe
 
-RECIPE, WEIGHTS, TOKENIZER = "recipe.json", "model.safetensors", "tokenizer"
+RECIPE, WEIGHTS, TOKENIZER, INSTRUCTION = "recipe.json", "model.safetensors", "tokenizer", "instruction"
 
 
 def save(model: nn.Module, recipe: Recipe, folder: str | Path) -> Path:
@@ -91,6 +91,8 @@ def _write(network: Any, recipe: Recipe, folder: Path) -> None:
         raise OSError(str(error)) from error
     if hasattr(network, "tokenizer"):
         network.tokenizer.save(folder / TOKENIZER)
+    if getattr(network, "instruction_tokenizer", None) is not None:  # of a connector that reads the instruction
+        network.instruction_tokenizer.save(folder / TOKENIZER / INSTRUCTION)
     (folder / RECIPE).write_text(json.dumps(recipe.to_plain(), indent=2) + "\n", encoding="utf-8")
 
 

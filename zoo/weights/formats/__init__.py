@@ -22,6 +22,7 @@ TRANSFORMERS: dict[str, str] = {
     "llava": "zoo.weights.formats.llava:from_transformers",
     "llava_llama": "zoo.weights.formats.llava:from_transformers",
     "blip-2": "zoo.weights.formats.blip2:from_transformers",
+    "instructblip": "zoo.weights.formats.instructblip:from_transformers",
     "blip": "zoo.weights.formats.blip:from_transformers",
     "cogvlm": "zoo.weights.formats.cogvlm:from_transformers",
     "CogVLMForCausalLM": "zoo.weights.formats.cogvlm:from_transformers",
@@ -40,6 +41,10 @@ FILES |= dict.fromkeys(("llava", "llava-1.5", "llava-1.5-13b"), "zoo.weights.for
 FILES |= dict.fromkeys(("blip2-opt", "blip2-opt-6.7b"), "zoo.weights.formats.blip2:from_state")
 FILES |= dict.fromkeys(("blip2-flan-t5", "blip2-flan-t5-xxl"), "zoo.weights.formats.blip2:from_state")
 FILES |= dict.fromkeys(("blip2", "blip2-vit-l"), "zoo.weights.formats.blip2_stage1:from_state")
+FILES |= dict.fromkeys(
+    ("instructblip-vicuna-7b", "instructblip-vicuna-13b", "minigpt4", "minigpt4-7b", "minigpt4-llama2"),
+    "zoo.weights.formats.instructblip:from_state",
+)
 FILES |= dict.fromkeys(("coca", "coca-vit-l-14"), "zoo.weights.formats.coca:from_state")
 FILES |= dict.fromkeys(("cogvlm-base-224", "cogvlm-base-490", "cogvlm-chat"), "zoo.weights.formats.cogvlm:from_state")
 FILES["visualglm-6b"] = "zoo.weights.formats.visualglm:from_state"
