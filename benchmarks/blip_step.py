@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from coca_step import Step, peak_bytes, stepper
+from coca_step import Step, peak_bytes, stepper, timed
 from torch import Tensor, nn
 
 from zoo.api import build_module
@@ -221,14 +221,8 @@ def pretraining(
 
 
 def line(name: str, steps: dict[str, Step], rounds: int, clock: Callable[[], float]) -> str:
-    """A row of the table; the order turns from round to round, after two rounds to warm up."""
-    seconds: dict[str, list[float]] = {key: [] for key in steps}
-    for turn in range(-2, rounds):
-        for key in list(steps)[:: 1 if turn % 2 else -1]:
-            started = clock()
-            steps[key]()
-            if turn >= 0:
-                seconds[key].append(clock() - started)
+    """A row of the table."""
+    seconds = timed(steps, rounds, torch.device("cpu"), clock)
     ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
     own, peer = (statistics.median(values) for values in seconds.values())
     mine, theirs = (peak_bytes(step, torch.device("cpu")) / 2**20 for step in steps.values())

@@ -35,17 +35,19 @@ NAME = 10
 """Tokens of an icon's name with its start and end, in the padded rows."""
 
 
-def timed(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def timed(
+    steps: dict[str, Step], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each step function in every round; the order turns from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-2, rounds):  # two rounds to warm up
         for name in list(steps)[:: 1 if turn % 2 else -1]:
-            started = time.perf_counter()
+            started = clock()
             steps[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
