@@ -27,6 +27,7 @@ def build(
     scale: str | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    init: str | Path | None = None,
     **changes: Any,
 ) -> ZooModule:
     """Build a model with new weights.
@@ -37,6 +38,8 @@ def build(
         seed: Seed of all initial weights; every part draws from its own stream, so exchanging one leaves the others
             bit-equal.
         options: Changes by dotted path, ``{"encoder.width": 96}``.
+        init: A run directory or checkpoint of another model, whose weights are taken over as far as both have them; the
+            module's ``load_report`` tells what was dropped and what is new.
         changes: Parts by name (``connector="mlp"``), or fields of parts (``connector={"depth": 3}``); also
             ``stages="joint"``.
 
@@ -47,18 +50,29 @@ def build(
         ConfigError: An unknown name or field (with near names), a wrong type, or parts that do not fit.
     """
     choices, values = split_changes({**changes, **(options or {})})
-    return build_module(resolve(model, choices=choices, values=values, scale=scale), seed)
+    return build_module(resolve(model, choices=choices, values=values, scale=scale), seed, init)
 
 
-def build_module(recipe: Recipe, seed: int) -> ZooModule:
-    """Build a resolved recipe: parts from their own random streams, then the objectives' modules from theirs."""
+def build_module(recipe: Recipe, seed: int, init: str | Path | None = None) -> ZooModule:
+    """Build a resolved recipe: parts from their own random streams, then the objectives' modules from theirs.
+
+    ``init`` is a run directory or checkpoint whose weights the model starts from (``zoo.weights.start``).
+    """
     from zoo.module import ZooModule
     from zoo.part import seeded
 
     _, wiring = recipe.wiring
     model = wiring.build(recipe.parts, seed)
+    report = None
+    if init:
+        from zoo.weights.start import start_from
+
+        report = start_from(model, init, recipe.model)
     with seeded(seed, "objectives"):
-        return ZooModule(model, recipe)
+        module = ZooModule(model, recipe)  # its momentum copy starts from these weights too
+    if report is not None:
+        module.load_report = report  # type: ignore[assignment]
+    return module
 
 
 def from_pretrained(

@@ -126,6 +126,7 @@ class RunConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    init: str = ""  # a run directory or checkpoint whose weights training starts from
 
     def __post_init__(self) -> None:
         per_step = self.trainer.devices * self.trainer.nodes * self.trainer.accumulate
@@ -171,7 +172,10 @@ class RunConfig:
         default = to_plain(registry.parse(self.data["name"], {}, "data"))
         now = to_plain(registry.parse(self.data["name"], values, "data"))
         shown = [f"+data.{key}={json.dumps(now[key])}" for key in SHOWN_DATA if now.get(key) != default.get(key)]
-        return self.recipe.name + "".join(shown)
+        start = Path(self.init)
+        model = (start.parent if start.name.startswith("seed=") else start).name.split("+")[0]
+        started = [f"+init={model}"] if self.init else []
+        return self.recipe.name + "".join([*shown, *started])
 
     def to_plain(self) -> dict[str, Any]:
         return {
@@ -183,6 +187,7 @@ class RunConfig:
             "budget": to_plain(self.budget),
             "trainer": to_plain(self.trainer),
             "evaluation": to_plain(self.evaluation),
+            **({"init": self.init} if self.init else {}),
         }
 
     @staticmethod
@@ -209,6 +214,7 @@ class RunConfig:
             budget=parse(BudgetConfig, plain["budget"], "budget"),
             trainer=parse(TrainerConfig, plain["trainer"], "trainer"),
             evaluation=parse(EvaluationConfig, plain["evaluation"], "evaluation"),
+            init=str(plain.get("init") or ""),
         )
 
     def hash(self) -> str:

@@ -307,8 +307,14 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
         raise RunError(f"the run is for {ranks} devices but {present} processes were started: start it with zoo train")
     values = {k: v for k, v in config.data.items() if k != "name"}
     source = catalogue()["data"].parse(config.data["name"], values, "data").build(config.recipe.image_size)
-    module = build_module(config.recipe, config.seed)
+    fresh = config.init and not (folder / "checkpoint" / "last.ckpt").is_file()  # what is resumed needs no start
+    module = build_module(config.recipe, config.seed, config.init if fresh else None)
     manifest = Manifest(folder, start_manifest(config, module, source), main)
+    if fresh:
+        start: Any = module.load_report
+        if main:
+            write_json(folder / "init.json", start.to_plain())
+            say(str(start))
     manifest.update(status="running")
     try:
         train(folder, config, module, source, manifest, progress if main else None)

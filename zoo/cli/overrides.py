@@ -16,7 +16,7 @@ from zoo.run_config import BudgetConfig, EvaluationConfig, RunConfig, TrainerCon
 FILE_GROUPS = ("scale", "trainer", "budget", "experiment")
 """Groups whose options are YAML files of the conf folders."""
 
-PLAIN = ("seed", "out", "batch_size", "evaluation")
+PLAIN = ("seed", "out", "batch_size", "evaluation", "init")
 """Top-level keys of conf/train.yaml that are no group."""
 
 HYDRA_EXTRAS = {
@@ -89,6 +89,18 @@ def prepare(overrides: Sequence[str]) -> list[str]:
                         raise ConfigError(f"unknown {what} {str(name)!r}{near(str(name), options(head))}")
         prepared.append(text if is_choice or text[:1] in "+~" else f"++{text}")
     return prepared
+
+
+def with_quotes(overrides: Sequence[str]) -> list[str]:
+    """Quote the paths of ``init=PATH``: those of run directories hold characters that Hydra reads as its own."""
+
+    def quoted(text: str) -> str:
+        key, _, value = text.partition("=")
+        if key.lstrip("+") != "init" or not value or value[0] in "'\"":
+            return text
+        return f"{key}=" + ",".join(f"'{path}'" for path in value.split(","))
+
+    return [quoted(text) for text in overrides]
 
 
 def with_sweep(overrides: Sequence[str]) -> list[str]:
@@ -231,6 +243,7 @@ def to_run(plain: Mapping[str, Any], choices: Mapping[str, Any], written: Sequen
         budget=parse(BudgetConfig, plain.get("budget") or {}, "budget"),
         trainer=parse(TrainerConfig, plain.get("trainer") or {}, "trainer"),
         evaluation=parse(EvaluationConfig, evaluation, "evaluation"),
+        init=str(plain.get("init") or ""),
     )
 
 
@@ -268,6 +281,7 @@ def to_recipe(plain: Mapping[str, Any], choices: Mapping[str, Any], written: Seq
 
 def run_config(overrides: Sequence[str]) -> RunConfig:
     """The RunConfig that ``zoo train OVERRIDES`` (no sweep) would run."""
+    overrides = with_quotes(overrides)
     plain, choices = composed(prepare(overrides))
     return to_run(plain, choices, written_keys(overrides))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -39,19 +39,18 @@ class StagedBridgeConfig(BridgeConfig, QueryFields):
 
     def __post_init__(self) -> None:
         QueryFields.__post_init__(self)
-        after: Any = getattr(BridgeConfig, "__post_init__", None)
-        if after is not None:
-            after(self)
+        BridgeConfig.__post_init__(self)
+
+    def scaled(self, sizes: Mapping[str, Any]) -> Self:
+        """As the bridge's, and the heads'."""
+        return PartConfig.scaled(super().scaled(sizes), sizes)
 
     def build(self, parts: Mapping[str, tuple[str, PartConfig]], seed: int) -> StagedBridge:
         """Build the model; every part and the heads are drawn from their own streams of ``seed``.
 
         Raises:
-            ConfigError: Parts that do not fit each other, or an unknown template.
+            ConfigError: Parts that do not fit each other.
         """
-        from zoo.data.templates import template
-
-        template(self.template)
         encoder, connector, decoder = (parts[slot][1] for slot in self.slots)
         return StagedBridge(
             self,

@@ -24,6 +24,7 @@ USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
   budget.value=500 batch_size=64              how long (budget.unit=steps or samples), samples a step
   trainer.devices=2 trainer.precision=bf16    how to run
   data=folder data.root=PATH                  your own images and captions
+  init=RUN_OR_CHECKPOINT                      start from the weights of another model, as far as it has the same parts
   out=FOLDER                                  where run directories go (default: outputs)
 
 The same command goes on where an interrupted one stopped. --dry-run prints the resolved runs and stops."""
@@ -61,13 +62,13 @@ def train(argv: Sequence[str]) -> list[Outcome]:
     Raises:
         ZooError: Any job of the command is wrong; found before the first one starts.
     """
-    from zoo.cli.overrides import composed, expand, is_sweep, prepare, to_run, with_sweep, written_keys
+    from zoo.cli.overrides import composed, expand, is_sweep, prepare, to_run, with_quotes, with_sweep, written_keys
 
     flags = {"-m", "--multirun", "--dry-run"}
     unknown = [a for a in argv if a.startswith("-") and a not in flags]
     if unknown:
         raise ConfigError(f"unknown option {unknown[0]!r}: zoo train takes KEY=VALUE, -m and --dry-run")
-    typed = [a for a in argv if a not in flags]
+    typed = with_quotes([a for a in argv if a not in flags])
     overrides = with_sweep(typed)
     multirun = "-m" in argv or "--multirun" in argv or overrides != typed
     prepared = prepare(overrides)
@@ -100,12 +101,15 @@ def leaderboard(folders: Sequence[Path]) -> None:
 
 
 def check_offline(config: RunConfig) -> None:
-    """What can be checked at once: the data a run needs from outside, and whether its features can be cached."""
+    """What can be checked at once: data and weights from outside, and whether features can be cached."""
     from zoo.frozen_features import check_cacheable
     from zoo.plugin import catalogue
 
     check_cacheable(config)
+    if config.init:
+        from zoo.weights.start import checkpoint_of
 
+        checkpoint_of(config.init)
     values = {k: v for k, v in config.data.items() if k != "name"}
     source = catalogue()["data"].parse(config.data["name"], values, "data").build(config.recipe.image_size)
     for split in ("train", config.evaluation.split):
