@@ -240,6 +240,18 @@ def test_other_connectors_and_language_models_fit() -> None:
         small(**{"wiring.template": "blip2"})
 
 
+def test_adapters_learn_and_the_language_model_does_not() -> None:
+    pytest.importorskip("peft")
+    module = small(**{"decoder.lora_rank": 2, "decoder.lora_targets": ["q", "v"]}, stages="joint")
+    names = [name for name, p in module.model.decoder.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * 2 * 3 * 2  # A and B of q and v, three attentions a layer of both stacks, two layers
+    assert all("lora_" in name for name in names)
+    loss, _ = module.losses(module.model.example_batch(2))
+    loss.backward()
+    learned = [p.grad for name, p in module.model.decoder.named_parameters() if "lora_B" in name]
+    assert all(g is not None and g.abs().max() > 0 for g in learned)
+
+
 def test_published_sizes_and_flops() -> None:
     with torch.device("meta"):
         xl, xxl = (resolve(name).parts["decoder"][1].build() for name in ("blip2-flan-t5", "blip2-flan-t5-xxl"))

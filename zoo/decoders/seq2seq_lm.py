@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters import AdapterFields, add_adapters
 from zoo.decoders.base import Decoder, DecoderConfig
 from zoo.decoders.causal_lm import NOT_ARCHITECTURE
 from zoo.errors import ConfigError, near
@@ -36,7 +37,7 @@ OWN = {"feed_forward_proj", "scale_decoder_outputs", "tie_word_embeddings", "dec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2SeqLMConfig(DecoderConfig):
+class Seq2SeqLMConfig(AdapterFields, DecoderConfig):
     """A T5 of transformers by family and size. Defaults: FlanT5-base's size, which is T5 1.1's (arXiv 2210.11416).
 
     At ``scale=tiny`` both stacks have the scale's depth: a token passes as many layers as in a causal LM of that scale,
@@ -83,6 +84,7 @@ class Seq2SeqLMConfig(DecoderConfig):
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.check_adapters()
         if min(self.width, self.depth, self.heads, self.head_dim, self.ffn) < 1 or self.decoder_depth < 0:
             raise ValueError("width, depth, heads, head_dim and ffn must be 1 or more, decoder_depth 0 or more")
         if not 0 <= self.start_id < self.vocab_size:
@@ -231,6 +233,7 @@ class Seq2SeqLM(Decoder):
             # start at unit size, as they do tied and divided by sqrt(width)
             head.weight = nn.Parameter(torch.empty_like(head.weight))
             nn.init.normal_(head.weight, std=config.width**-0.5)
+        add_adapters(self.lm, config)
 
     @property
     def _embedding(self) -> nn.Embedding:
