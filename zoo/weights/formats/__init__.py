@@ -42,7 +42,10 @@ FILES |= dict.fromkeys(("blip2-opt", "blip2-opt-6.7b"), "zoo.weights.formats.bli
 FILES |= dict.fromkeys(("blip2-flan-t5", "blip2-flan-t5-xxl"), "zoo.weights.formats.blip2:from_state")
 FILES |= dict.fromkeys(("blip2", "blip2-vit-l"), "zoo.weights.formats.blip2_stage1:from_state")
 FILES |= dict.fromkeys(
-    ("instructblip-vicuna-7b", "instructblip-vicuna-13b", "minigpt4", "minigpt4-7b", "minigpt4-llama2"),
+    (
+        *("instructblip-vicuna-7b", "instructblip-vicuna-13b", "instructblip-flan-t5-xl", "instructblip-flan-t5-xxl"),
+        *("minigpt4", "minigpt4-7b", "minigpt4-llama2"),
+    ),
     "zoo.weights.formats.instructblip:from_state",
 )
 FILES |= dict.fromkeys(("coca", "coca-vit-l-14"), "zoo.weights.formats.coca:from_state")
