@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import zoo
 from zoo.connectors.perceiver_resampler import PerceiverResamplerConfig
 from zoo.connectors.pixel_shuffle import PixelShuffleConfig, fold
 from zoo.connectors.simple import IdentityConfig, LinearConfig, MLPConfig
@@ -154,3 +155,20 @@ def test_pooling_needs_a_grid_it_divides() -> None:
         model(Features(torch.randn(1, 16, 8)))
     with pytest.raises(ConfigError, match=r"does not divide the 3 x 5 grid"):
         model(Features(torch.randn(1, 15, 8), grid=(3, 5)))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("linear", 4), ("mlp", 4), ("qformer", 5), ("perceiver-resampler", 5), ("pixel-shuffle", 4)]
+)
+@pytest.mark.parametrize("cls", [False, True])
+def test_every_bridge_gives_as_many_visual_tokens_as_asked_for(name: str, tokens: int, cls: bool) -> None:
+    module = zoo.build("llava", connector=name, scale="tiny", encoder={"cls": cls}, wiring={"visual_tokens": tokens})
+    features = module.model.image_features(torch.randn(2, 3, 64, 64))
+    assert features.shape[1] == module.model.connector.tokens == tokens
+
+
+def test_numbers_of_tokens_that_patches_cannot_give() -> None:
+    with pytest.raises(ConfigError, match=r"16 tokens of the encoder cannot become 5 .* expected one of 16, 4, 1"):
+        zoo.build("llava", scale="tiny", wiring={"visual_tokens": 5})
+    with pytest.raises(ConfigError, match="IdentityConfig cannot be told"):
+        zoo.build("llava", connector="identity", scale="tiny", wiring={"visual_tokens": 4})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError
 from zoo.part import Features, PartConfig
 
 
@@ -36,6 +38,14 @@ class Connector(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig(PartConfig):
     """Base of connectors' configuration; widths are derived when parts are joined."""
+
+    def with_tokens(self, tokens: int, in_tokens: int) -> Self:
+        """The same connector returning ``tokens`` of an encoder's ``in_tokens``, for comparisons at equal numbers.
+
+        Raises:
+            ConfigError: It cannot return that many.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot be told how many tokens to return: leave visual_tokens at 0")
 
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> Connector:
         raise TypeError(f"{type(self).__name__} defines no build")

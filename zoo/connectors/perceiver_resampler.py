@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,9 @@ class PerceiverResamplerConfig(ConnectorConfig):
     def __post_init__(self) -> None:
         if min(self.latents, self.width, self.depth, self.heads, self.head_dim, self.ffn) < 1:
             raise ValueError("latents, width, depth, heads, head_dim and ffn must be 1 or more")
+
+    def with_tokens(self, tokens: int, in_tokens: int) -> Self:
+        return replace(self, latents=tokens)
 
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> PerceiverResampler:
         return PerceiverResampler(self, in_width, out_width)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor, nn
 
 from zoo.connectors.base import Connector, ConnectorConfig
-from zoo.connectors.simple import mlp
+from zoo.connectors.simple import mlp, side_for
 from zoo.errors import ConfigError
 from zoo.part import Features
 
@@ -71,6 +72,9 @@ class PixelShuffleConfig(ConnectorConfig):
     def __post_init__(self) -> None:
         if self.factor < 1 or self.layers < 1:
             raise ValueError(f"factor = {self.factor} and layers = {self.layers} must be 1 or more")
+
+    def with_tokens(self, tokens: int, in_tokens: int) -> Self:
+        return replace(self, factor=side_for(tokens, in_tokens))
 
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> PixelShuffle:
         """Raises ConfigError where no square grid of ``in_tokens`` patches (with or without a class token) can be

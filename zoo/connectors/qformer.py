@@ -107,6 +107,9 @@ class QFormerConfig(ConnectorConfig):
             routes=(TEXT, QUERY) if self.text else (),
         )
 
+    def with_tokens(self, tokens: int, in_tokens: int) -> Self:
+        return replace(self, queries=tokens)
+
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> QFormer:
         """Build it; ``out_width`` = 0 leaves the projection out, and the queries come at their own width."""
         return QFormer(self, in_width, out_width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -61,6 +61,23 @@ def averaged(features: Features, side: int) -> Features:
     return Features(tokens.mean((2, 4)).flatten(1, 2), grid=(height // side, width // side))
 
 
+def side_for(tokens: int, in_tokens: int) -> int:
+    """Side of the squares of patches that, made one token each, leave ``tokens`` of ``in_tokens``.
+
+    Raises:
+        ConfigError: No such side.
+    """
+    grid = math.isqrt(in_tokens)
+    side = grid // max(1, math.isqrt(tokens))
+    if tokens < 1 or grid * grid not in (in_tokens, in_tokens - 1) or (grid / max(side, 1)) ** 2 != tokens:
+        possible = [(grid // s) ** 2 for s in range(1, grid + 1) if grid % s == 0]
+        raise ConfigError(
+            f"{in_tokens} tokens of the encoder cannot become {tokens} by squares of patches: expected one of"
+            f" {', '.join(map(str, possible))}"
+        )
+    return side
+
+
 def pooled_tokens(in_tokens: int, side: int) -> int:
     """Tokens left of ``in_tokens``, a square grid with or without one token before it.
 
@@ -103,6 +120,9 @@ class LinearConfig(ConnectorConfig):
         if self.pool < 1:
             raise ValueError(f"pool = {self.pool} must be 1 or more")
 
+    def with_tokens(self, tokens: int, in_tokens: int) -> Self:
+        return replace(self, pool=side_for(tokens, in_tokens))
+
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> TokenWise:
         tokens = pooled_tokens(in_tokens, self.pool)
         return TokenWise(nn.Linear(in_width, out_width), tokens=tokens, width=out_width, pool=self.pool)
@@ -127,6 +147,9 @@ class MLPConfig(ConnectorConfig):
 
     def scaled(self, sizes: Mapping[str, Any]) -> Self:
         return self
+
+    def with_tokens(self, tokens: int, in_tokens: int) -> Self:
+        return replace(self, pool=side_for(tokens, in_tokens))
 
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> TokenWise:
         tokens = pooled_tokens(in_tokens, self.pool)

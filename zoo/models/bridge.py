@@ -49,6 +49,7 @@ class BridgeConfig(WiringConfig):
             language models, and tells them nothing.
         image_id: Placeholder id of an image slot in ``input_ids``; -1 = the first id outside the decoder's vocabulary.
             The embedding of a slot is replaced, so the id needs no row of the table.
+        visual_tokens: Tokens an image becomes; 0 = as many as the connector returns by itself.
         augment: What training images go through (``none``, ``random-resized-crop``, ``shift``, ``flip``,
             ``shift-flip``).
     """
@@ -60,12 +61,15 @@ class BridgeConfig(WiringConfig):
     prompt: str = ""
     preamble: bool = True
     image_id: int = -1
+    visual_tokens: int = 0
     augment: str = "none"
 
     def __post_init__(self) -> None:
         from zoo.data.templates import template
 
         template(self.template)
+        if self.visual_tokens < 0:
+            raise ValueError(f"visual_tokens = {self.visual_tokens} must be 0 (the connector's own) or more")
 
     def scaled(self, sizes: Mapping[str, Any]) -> Self:
         return replace(self, preamble=False) if "context_length" in sizes else self
@@ -110,6 +114,9 @@ class Bridge(WritesText, Model):
         self._processor: PromptProcessor | None = None
         with seeded(seed, "encoder"):
             self.encoder: Encoder = image_config.build()
+        if config.visual_tokens:
+            connector_config = connector_config.with_tokens(config.visual_tokens, self.encoder.tokens)
+            self.connector_config = connector_config
         with seeded(seed, "decoder"):
             decoder: Decoder = decoder_config.build()
         with seeded(seed, "connector"):
@@ -117,6 +124,7 @@ class Bridge(WritesText, Model):
                 in_width=self.encoder.width, in_tokens=self.encoder.tokens, out_width=decoder.width
             )
         self.decoder = decoder
+        decoder.image_tokens = self.connector.tokens
         if self.connector.tokens + 2 > decoder_config.context_length:
             raise ConfigError(
                 f"{self.connector.tokens} image tokens leave no room for text in decoder.context_length ="
