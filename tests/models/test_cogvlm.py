@@ -398,3 +398,20 @@ def test_the_layout_is_shown_with_its_ends() -> None:
     assert layout.names == ("before", "boi, patches", "eoi", "text")
     assert layout.kind == "causal"
     assert layout.spans == ((0, 1, TEXT), (1, 18, VISUAL), (18, layout.length, TEXT))
+
+
+def test_cost_counts_every_token_with_its_own_expert() -> None:
+    """Of a sample's rows boi and the patches pass the experts that learn, eoi and text the frozen weights."""
+    from zoo.compare.flops import count_recipe
+
+    recipe = resolve("cogvlm-base-224", scale="tiny", values={**SIZES, "decoder": {**SIZES["decoder"], "dropout": 0.0}})
+    flops = count_recipe(recipe)[0]
+    model = small().model
+    text, visual = model.typical_targets + 1, model.connector.tokens - 1
+    c, patches, width = model.decoder.config, model.connector.tokens - 2, SIZES["encoder"]["width"]
+    of_token = 2 * c.depth * (4 * c.width**2 + 3 * c.width * c.ffn)
+    attention = 2 * 2 * c.depth * (text + visual) ** 2 * c.width  # scores and sums over all keys, as torch counts
+    head = 2 * text * c.width * c.vocab_size
+    adapter = 2 * patches * (width * c.width + 3 * c.width * 48)
+    assert flops.trainable_forward == pytest.approx(visual * of_token + attention + adapter, rel=0.02)
+    assert flops.frozen_forward > text * of_token + 0.9 * head * (text - 1) / text

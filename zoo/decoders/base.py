@@ -21,11 +21,13 @@ class Decoder(nn.Module):
         context_width: Width of the context that it cross-attends; 0 = it reads none. Decoders that read one take
             ``context`` [B, N, context_width] and ``context_mask`` [B, N] by keyword in ``forward``, and keep its keys
             and values in the cache.
+        image_tokens: Slots of one image, which the wiring says; a layout on the meta device has nothing else to go by.
     """
 
     width: int
     vocab_size: int
     context_width: int = 0
+    image_tokens: int = 0
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> embeddings [B, T, width], without positions."""

@@ -101,9 +101,9 @@ class CogVLMLM(TrunkLM):
         position = (counted.long().cumsum(1) - 1).clamp(min=0)
         modality = torch.where(visual, VISUAL, TEXT)
         spans: tuple[tuple[int, int, int], ...] | None
-        if ids.device.type == "meta":  # nothing to look at; the experts are of one size, so any share costs the same
-            half = layout.length // 2
-            spans = ((0, half, VISUAL), (half, layout.length, TEXT))
+        if ids.device.type == "meta":  # nothing to look at: one image, then text, as an example batch has them
+            image = min(max(self.image_tokens - 1, 1), layout.length - 1)
+            spans = ((0, image, VISUAL), (image, layout.length, TEXT))
         else:  # one look for all layers; without it each would look at every token's route
             spans = look_for_spans(modality)
         return replace(layout, modality=modality, position=position, spans=spans)
