@@ -110,13 +110,14 @@ class Sprites:
 
 def _boxes(sprites: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Return ``[N, 4]``: left, top, right, bottom of what is opaque; the whole square where nothing is."""
-    opaque = sprites[..., 3] >= OPAQUE  # [N, s, s]
+    opaque: NDArray[np.bool_] = np.greater_equal(sprites[..., 3], OPAQUE)  # [N, s, s]
     side = opaque.shape[1]
-    columns, rows = opaque.any(1), opaque.any(2)  # [N, s]
+    columns: NDArray[np.bool_] = np.logical_or.reduce(opaque, axis=1)  # [N, s]
+    rows: NDArray[np.bool_] = np.logical_or.reduce(opaque, axis=2)  # [N, s]
     box = np.stack(
         [columns.argmax(1), rows.argmax(1), side - columns[:, ::-1].argmax(1), side - rows[:, ::-1].argmax(1)], 1
     )
-    box[~columns.any(1)] = (0, 0, side, side)
+    box[columns.sum(1) == 0] = (0, 0, side, side)
     return box
 
 
