@@ -117,18 +117,25 @@ class EvaluationConfig(PartConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run. ``to_plain`` is what run.yaml holds; its hash names the run directory."""
+    """One run. ``to_plain`` is what run.yaml holds; its hash names the run directory.
+
+    Attributes:
+        lr_factor: What every learning rate of the recipe is multiplied by; ``tune`` chooses it.
+    """
 
     recipe: Recipe
     data: dict[str, Any]
     batch_size: int
     seed: int = 0
+    lr_factor: float = 1.0
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     init: str = ""  # a run directory or checkpoint whose weights training starts from
 
     def __post_init__(self) -> None:
+        if not 0 < self.lr_factor < math.inf:
+            raise ConfigError(f"lr_factor = {self.lr_factor} must be above 0")
         per_step = self.trainer.devices * self.trainer.nodes * self.trainer.accumulate
         if self.batch_size < 1 or self.batch_size % per_step:
             raise ConfigError(
@@ -145,6 +152,11 @@ class RunConfig:
         catalogue()["data"].parse(name, values, "data")
         for task, fields in self.evaluation.tasks.items():
             catalogue()["task"].parse(task, fields, f"evaluation.tasks.{task}")
+
+    @property
+    def trained_recipe(self) -> Recipe:
+        """The recipe with its learning rates multiplied by ``lr_factor``: what is trained and saved."""
+        return self.recipe if self.lr_factor == 1 else times_lr(self.recipe, self.lr_factor)
 
     def stage_steps(self) -> list[int]:
         """Optimizer steps of each stage, the budget divided by the stages' shares (largest remainder).
@@ -184,6 +196,7 @@ class RunConfig:
             "data": dict(self.data),
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "lr_factor": self.lr_factor,
             "budget": to_plain(self.budget),
             "trainer": to_plain(self.trainer),
             "evaluation": to_plain(self.evaluation),
@@ -211,6 +224,7 @@ class RunConfig:
             data=dict(plain["data"]),
             batch_size=plain["batch_size"],
             seed=plain["seed"],
+            lr_factor=float(plain.get("lr_factor", 1.0)),
             budget=parse(BudgetConfig, plain["budget"], "budget"),
             trainer=parse(TrainerConfig, plain["trainer"], "trainer"),
             evaluation=parse(EvaluationConfig, plain["evaluation"], "evaluation"),
@@ -223,6 +237,8 @@ class RunConfig:
         """
         plain = self.to_plain()
         plain["recipe"].pop("changed")
+        if self.lr_factor == 1:
+            plain.pop("lr_factor")
         deciding = ["precision", "ema", "accumulate"]
         if self.trainer.cache_features and self.trainer.cache_dtype != "computed":
             deciding.append("cache_dtype")
@@ -256,6 +272,23 @@ class RunConfig:
         if not isinstance(plain, dict):
             raise RunError(f"{path} holds no run configuration")
         return RunConfig.from_plain(plain)
+
+
+def times_lr(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with every peak and final learning rate, of stages and of paths in them too, times ``factor``."""
+
+    def scaled(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value * factor if key in ("lr", "min_lr") else value for key, value in values.items()}
+
+    optimizer = recipe.optimizer
+    stages = tuple(
+        dataclasses.replace(
+            stage, optimizer=scaled(stage.optimizer), lr={path: lr * factor for path, lr in stage.lr.items()}
+        )
+        for stage in recipe.stages
+    )
+    own = dataclasses.replace(optimizer, lr=optimizer.lr * factor, min_lr=optimizer.min_lr * factor)
+    return dataclasses.replace(recipe, optimizer=own, stages=stages)
 
 
 SHOWN_DATA = ("blank_images", "shuffled_captions", "trusted", "split_scheme", "language")

@@ -308,7 +308,7 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
     values = {k: v for k, v in config.data.items() if k != "name"}
     source = catalogue()["data"].parse(config.data["name"], values, "data").build(config.recipe.image_size)
     fresh = config.init and not (folder / "checkpoint" / "last.ckpt").is_file()  # what is resumed needs no start
-    module = build_module(config.recipe, config.seed, config.init if fresh else None)
+    module = build_module(config.trained_recipe, config.seed, config.init if fresh else None)
     manifest = Manifest(folder, start_manifest(config, module, source), main)
     if fresh:
         start: Any = module.load_report
@@ -324,7 +324,7 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
         if main:
             from zoo.weights import save
 
-            save(module, config.recipe, folder / "weights")
+            save(module, config.trained_recipe, folder / "weights")
             manifest.update(status="trained")
             evaluate_run(folder, config, module, source, manifest, progress)
             manifest.update(status="done", error=None)
@@ -365,6 +365,7 @@ def start_manifest(config: RunConfig, module: ZooModule, source: Source) -> dict
         "scale": config.recipe.scale,
         "changed": [list(pair) for pair in config.recipe.changed],
         "seed": config.seed,
+        "lr_factor": config.lr_factor,
         "control": bool(config.data.get("blank_images")),
         "status": "starting",
         "error": None,

@@ -13,10 +13,10 @@ from zoo.recipe_files import read_yaml
 from zoo.registry import parse, refuse_code
 from zoo.run_config import BudgetConfig, EvaluationConfig, RunConfig, TrainerConfig
 
-FILE_GROUPS = ("scale", "trainer", "budget", "experiment")
+FILE_GROUPS = ("scale", "trainer", "budget", "experiment", "tune")
 """Groups whose options are YAML files of the conf folders."""
 
-PLAIN = ("seed", "out", "batch_size", "evaluation", "init")
+PLAIN = ("seed", "out", "batch_size", "lr_factor", "evaluation", "init")
 """Top-level keys of conf/train.yaml that are no group."""
 
 HYDRA_EXTRAS = {
@@ -235,11 +235,15 @@ def to_run(plain: Mapping[str, Any], choices: Mapping[str, Any], written: Sequen
     for name, value in (("seed", seed), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{name} = {value!r}: expected an integer")
+    factor = plain.get("lr_factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
+        raise ConfigError(f"lr_factor = {factor!r}: expected a number")
     return RunConfig(
         recipe=recipe,
         data=dict(plain.get("data") or {}),
         batch_size=batch_size,
         seed=seed,
+        lr_factor=float(factor),
         budget=parse(BudgetConfig, plain.get("budget") or {}, "budget"),
         trainer=parse(TrainerConfig, plain.get("trainer") or {}, "trainer"),
         evaluation=parse(EvaluationConfig, evaluation, "evaluation"),

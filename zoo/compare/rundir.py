@@ -114,6 +114,8 @@ class Run:
 def find_runs(paths: Iterable[Path | str]) -> list[Run]:
     """Read every run directory at or below ``paths``, each once, in the order of paths and then of names.
 
+    Hidden folders below them (trials of a learning-rate search) are left out.
+
     Raises:
         RunError: a path does not exist, or no run was found at all.
     """
@@ -124,7 +126,7 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
             raise RunError(f"{path} does not exist: give a run directory or a folder of runs, such as outputs")
         if path.is_file():
             path = path.parent
-        here = [path] if _is_run(path) else sorted(p.parent for p in path.rglob("manifest.json"))
+        here = [path] if _is_run(path) else sorted(p.parent for p in path.rglob("manifest.json") if _shown(p, path))
         found.update({p.resolve(): p for p in here if p.resolve() not in found})
     if not found:
         raise RunError(f"no run (a folder with a manifest.json) below {', '.join(map(str, wanted))}: train one first")
@@ -133,6 +135,11 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
 
 def _is_run(path: Path) -> bool:
     return (path / "manifest.json").is_file()
+
+
+def _shown(file: Path, top: Path) -> bool:
+    """Whether no folder between is hidden: trials of a learning-rate search are in one that is."""
+    return not any(part.startswith(".") for part in file.relative_to(top).parts)
 
 
 def _finite(value: Any) -> bool:

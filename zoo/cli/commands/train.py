@@ -5,13 +5,15 @@ runs it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoo.cli.tune import TRIALS, TuneConfig, adopt, checked, choose, trial, trials, tuned
 from zoo.errors import ConfigError, RunError, ZooError
+from zoo.registry import parse
 from zoo.run_config import RunConfig
 
 USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
@@ -19,6 +21,7 @@ USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
   model=llava connector=mlp scale=tiny        choose parts by name (zoo list connector)
   encoder.width=96 optimizer.lr=3e-4          set fields (zoo show NAME lists them)
   connector=linear,mlp,qformer seed=0,1 -m    sweep: every combination is a run
+  tune=lr3 tune.metric=TASK/METRIC            every variant's best of three learning rates, found on its first seed
   experiment=NAME                             settings, and perhaps a sweep, from conf/experiment/NAME.yaml
   stages=joint                                train every part at once, from scratch
   budget.value=500 batch_size=64              how long (budget.unit=steps or samples), samples a step
@@ -76,18 +79,43 @@ def train(argv: Sequence[str]) -> list[Outcome]:
         raise ConfigError("several values for one key are a sweep: add -m")
     jobs = list(expand(prepared)) if multirun else [prepared]
     configs: dict[Path, RunConfig] = {}
+    tune = None
     for job in jobs:  # everything that can be wrong is found before the first run starts
         plain, choices = composed(job)
         config = to_run(plain, choices, written_keys(overrides))
+        tune = to_tune(plain)
+        if tune:
+            checked(tune, config)
         check_offline(config)
         configs[config.directory(str(plain["out"]))] = config
+    out, written = str(plain["out"]), written_keys(overrides)
+    hydra = f"hydra.sweep.dir='{out}/.hydra'"
+    tries = trials(configs.values(), tune, out) if tune else {}
     if "--dry-run" in argv:
-        show(configs)
+        show({**tries, **configs})
         return []
+    if tune:
+        for folder, config in tries.items():
+            prepare_folder(folder, config)
+        axis = f"++lr_factor={','.join(map(str, tune.factors))}"
+        launch([*prepared, axis, hydra], True, written, tries)
+        choose(configs.values(), tune, out)
+        configs = {run.directory(out): run for run, _ in (tuned(config, out) for config in configs.values())}
     for folder, config in configs.items():
         prepare_folder(folder, config)
-    launch([*prepared, f"hydra.sweep.dir='{plain['out']}/.hydra'"], multirun, written_keys(overrides))
+    launch([*prepared, hydra], multirun, written)
     return [outcome_of(folder) for folder in configs]
+
+
+def to_tune(plain: Mapping[str, Any]) -> TuneConfig | None:
+    """The learning-rate search that a composed job asks for; None where it asks for none."""
+    if not plain.get("tune"):
+        return None
+    values = dict(plain["tune"])
+    if "metric" not in values:
+        raise ConfigError("tune needs tune.metric=TASK/METRIC: what decides on validation data")
+    tune: TuneConfig = parse(TuneConfig, values, "tune")
+    return tune
 
 
 def leaderboard(folders: Sequence[Path]) -> None:
@@ -141,8 +169,14 @@ def show(configs: dict[Path, RunConfig]) -> None:
         Console().print(Syntax(yaml.safe_dump(config.to_plain(), sort_keys=False), "yaml", background_color="default"))
 
 
-def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str]) -> None:
-    """Hand the checked jobs to Hydra's launcher, whichever it is; each job reads its own file again and runs it."""
+def launch(
+    prepared: Sequence[str], multirun: bool, written: Sequence[str], only: Mapping[Path, RunConfig] | None = None
+) -> None:
+    """Hand the checked jobs to Hydra's launcher, whichever it is; each job reads its own file again and runs it.
+
+    Args:
+        only: The trials of a learning-rate search, which the jobs then are; other jobs (further seeds) end at once.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
@@ -156,8 +190,19 @@ def launch(prepared: Sequence[str], multirun: bool, written: Sequence[str]) -> N
         if stopped:  # Ctrl-C ends the sweep, not only its current job
             return "interrupted"
         plain: Any = OmegaConf.to_container(config)
-        run = to_run(plain, dict(HydraConfig.get().runtime.choices), written)
-        outcome = run_folder(run.directory(str(plain["out"])), run)
+        out, run = str(plain["out"]), to_run(plain, dict(HydraConfig.get().runtime.choices), written)
+        tune = to_tune(plain)
+        if only is not None and tune is not None:
+            run = trial(run, tune, run.lr_factor)
+            folder = run.directory(Path(out) / TRIALS)
+            if folder not in only:
+                return "another seed decides"
+        else:
+            run, record = tuned(run, out) if tune else (run, None)
+            folder = run.directory(out)
+            if record:
+                adopt(folder, record, run, out)
+        outcome = run_folder(folder, run)
         if outcome.error:
             print(f"error: {outcome.folder}: {outcome.error}", file=sys.stderr)
         if outcome.status == "interrupted":
