@@ -1,4 +1,4 @@
-"""zoo data: commands that make datasets."""
+"""zoo data: commands that make datasets and show them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("zoo data", description="Make datasets.")
+    parser = argparse.ArgumentParser("zoo data", description="Make datasets, and look at them.")
     commands = parser.add_subparsers(dest="command", required=True)
     capfilt = commands.add_parser(
         "capfilt",
@@ -23,8 +23,44 @@ def main(argv: Sequence[str]) -> int:
     capfilt.add_argument("--top-p", type=float, default=0.9, help="nucleus the captioner samples from")
     capfilt.add_argument("--max-new-tokens", type=int, default=20)
     capfilt.add_argument("--seed", type=int, default=0)
+    preview = commands.add_parser(
+        "preview",
+        help="write a sheet of samples with their texts as one PNG",
+        description="Write samples of a dataset, with captions, questions and answers, as one picture to look at.",
+    )
+    preview.add_argument("data", metavar="NAME[,FIELD=VALUE...]", help="e.g. openmoji-scenes,objects=2..4")
+    preview.add_argument("--split", default="train", help="train, val or test")
+    preview.add_argument("--count", type=int, default=12, help="samples")
+    preview.add_argument("--size", type=int, default=None, help="pixels, for data that is rendered")
+    preview.add_argument("--out", default="preview.png", help="the PNG to write")
     arguments = parser.parse_args(argv)
-    return _capfilt(arguments)
+    return _preview(arguments) if arguments.command == "preview" else _capfilt(arguments)
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from zoo.cli.commands.eval import parse_data
+    from zoo.data.preview import sheet
+    from zoo.errors import ConfigError, RunError
+    from zoo.plugin import catalogue
+
+    if arguments.count < 1:
+        raise ConfigError(f"--count {arguments.count}: expected at least 1")
+    out = Path(arguments.out)
+    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+        raise ConfigError(f"--out {arguments.out}: expected a file ending in .png in a folder that exists")
+    values = parse_data(arguments.data)
+    source = catalogue()["data"].parse(values.pop("name"), values, "data").build(arguments.size)
+    ids = source.ids(arguments.split)
+    page = sheet(source, ids[: arguments.count])
+    try:
+        page.save(out)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}") from None
+    print(f"{out}: {min(arguments.count, len(ids))} of {len(ids)} {arguments.split} samples of {source.name}")
+    print(source.licence)
+    return 0
 
 
 def _capfilt(arguments: argparse.Namespace) -> int:
