@@ -423,3 +423,40 @@ def test_the_layout_is_shown_as_prefix_and_answer() -> None:
     assert bool(mask[:6, :6].all())
     assert torch.equal(mask[6:], torch.ones_like(mask).tril()[6:])
     assert not bool(mask[:6, 6:].any())
+
+
+def test_lora_touches_the_attention_of_layers_0_and_14_alone() -> None:
+    pytest.importorskip("peft")
+    with torch.device("meta"):
+        module: Any = build_module(resolve("visualglm-6b-lora"), 0)
+    module.set_stage(0)
+    learns = {name for name, p in module.model.named_parameters() if p.requires_grad}
+    wanted = {
+        f"decoder.trunk.layers.{i}.attn.{part}.lora_{letter}.default.weight"
+        for i in (0, 14)
+        for part in ("q", "k", "v", "out")
+        for letter in "AB"
+    }
+    assert learns == wanted
+    shapes = {tuple(module.model.get_parameter(name).shape) for name in learns}
+    assert shapes == {(10, 4096), (4096, 10)}
+
+
+def test_lora_changes_nothing_at_first_and_then_learns(shake: Shake) -> None:
+    pytest.importorskip("peft")
+    adapted = {"decoder": {"lora_rank": 3, "lora_alpha": 1.0, "lora_every": 2}}
+    plain, module = small(shake), small(**adapted)
+    own = {n.replace(".base_layer.", "."): n for n in module.model.state_dict() if ".lora_" not in n}
+    state = plain.model.state_dict()
+    module.model.load_state_dict({own[name]: tensor for name, tensor in state.items()}, strict=False)
+    batch = batch_of(plain.model)
+    with torch.no_grad():
+        before = plain.model.eval()(batch)["hidden"]
+        torch.testing.assert_close(module.model.eval()(batch)["hidden"], before, atol=1e-6, rtol=0)
+    module.set_stage(0)
+    module.model.decoder.requires_grad_(True)
+    loss, _ = module.losses(batch)
+    loss.backward()
+    layers = module.model.decoder.trunk.layers
+    assert torch.count_nonzero(layers[2].attn.q.lora_B["default"].weight.grad) > 0
+    assert not hasattr(layers[1].attn.q, "lora_B")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.adapters import AdapterFields, add_adapters
 from zoo.decoders.base import Decoder, DecoderConfig
 from zoo.layout import ALL, PAST, Layout, Segment, TokenBatch, lay_out
 from zoo.nn import KVCache, TokenEmbedding, Trunk, TrunkConfig
@@ -19,7 +20,7 @@ SOP = {130528: 130004}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GLMConfig(DecoderConfig):
+class GLMConfig(AdapterFields, DecoderConfig):
     """ChatGLM-6B (the released modeling_chatglm.py); GLM's autoregressive blank filling is arXiv 2103.10360.
 
     Attributes:
@@ -36,6 +37,8 @@ class GLMConfig(DecoderConfig):
             vocabulary's size, else the tokenizer's BOS.
         tie: The output matrix is the embedding table.
         dropout: On the output of every branch while training.
+        lora_every: Adapters in layers 0, n, 2n, ... only; ``lora_targets`` are then names inside a layer, by default
+            those of its attention, as in the released finetuning, where n is 14.
     """
 
     width: int = 4096
@@ -49,8 +52,12 @@ class GLMConfig(DecoderConfig):
     sop_id: int = -1
     tie: bool = False
     dropout: float = 0.0
+    lora_every: int = 1
 
     def __post_init__(self) -> None:
+        self.check_adapters()
+        if self.lora_every < 1:
+            raise ValueError(f"lora_every = {self.lora_every} must be 1 or more")
         if self.heads < 1 or self.width % (4 * self.heads):
             raise ValueError(
                 f"width = {self.width} must be a multiple of 4 x heads = {4 * self.heads}: two positions turn half of a"
@@ -80,6 +87,14 @@ class GLMConfig(DecoderConfig):
             dropout=self.dropout,
         )
 
+    def adapters(self) -> AdapterFields:
+        """The adapters' fields, the layers that have them written out."""
+        if self.lora_every == 1:
+            return self
+        inside = self.lora_targets or [f"attn.{part}" for part in ("q", "k", "v", "out")]
+        names = [f"layers.{i}.{name}" for i in range(0, self.depth, self.lora_every) for name in inside]
+        return replace(self, lora_targets=names)
+
     def build(self) -> GLMLM:
         return GLMLM(self)
 
@@ -96,6 +111,7 @@ class GLMLM(Decoder):
         self.embedding = TokenEmbedding(config.vocab_size, config.width)
         self.trunk = Trunk(config.trunk())
         self.lm_head = None if config.tie else nn.Linear(config.width, config.vocab_size, bias=False)
+        add_adapters(self, config.adapters())
 
     @cached_property
     def sop_id(self) -> int:
