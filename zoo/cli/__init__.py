@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("zoo.cli.commands.train", "train and evaluate: zoo train model=clip scale=tiny (-m sweeps)"),
     "eval": ("zoo.cli.commands.eval", "evaluate a finished run or a checkpoint"),
     "generate": ("zoo.cli.commands.generate", "text for images from a run or a checkpoint"),
+    "chat": ("zoo.cli.commands.chat", "talk with a model about images in the terminal"),
     "report": ("zoo.cli.commands.report", "leaderboard and one HTML page over runs"),
     "demo": ("zoo.cli.commands.demo", "CLIP and three connectors compared on real images, in minutes on a CPU"),
     "data": ("zoo.cli.commands.data", "make datasets: zoo data capfilt cleans captions with a trained BLIP"),

@@ -7,7 +7,7 @@ The language model's encoder reads [image tokens; prefix], its decoder writes th
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -179,6 +179,7 @@ class Seq2SeqBridge(Bridge):
         generators: Sequence[torch.Generator] | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
+        tell: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """New token ids [B, n], without the start token, for what the encoder reads: ``input_ids`` [B, T] with image
         placeholders, pads anywhere; see ``zoo.sampling.text.write``.
@@ -199,6 +200,7 @@ class Seq2SeqBridge(Bridge):
             context=context,
             context_mask=mask,
             prompt_ids=start,
+            tell=tell,
         )
 
     def _rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,7 @@ class WritesText(nn.Module):
         generators: Sequence[torch.Generator] | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
+        tell: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """New token ids [B, n] behind prompts [B, T] with image placeholders, pads on either side; see ``write``.
 
@@ -163,6 +164,7 @@ class WritesText(nn.Module):
             pad_id=self.tokenizer.pad_id if pad_id is None else pad_id,
             generators=generators,
             prompt_ids=input_ids,
+            tell=tell,
         )
 
     def score_text(

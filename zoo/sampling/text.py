@@ -3,7 +3,7 @@ batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +128,7 @@ def write(
     context_mask: Tensor | None = None,
     prompt_ids: Tensor | None = None,
     stop_sequences: Sequence[Sequence[int]] = (),
+    tell: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Continue each row of a prompt until a stop token or ``max_new_tokens``.
 
@@ -142,6 +143,7 @@ def write(
         prompt_ids: [B, T] the ids of the prompts, which a repetition penalty counts.
         stop_sequences: Several tokens after which a row is finished, ``###`` in two pieces, say; beams do not look at
             them.
+        tell: Receives every column [B] as it is chosen; not with beams.
 
     Returns:
         [B, n] int64 new token ids, n <= ``max_new_tokens``. Writing also ends where the decoder's context is full.
@@ -163,7 +165,12 @@ def write(
         stop_ids=stop_ids, pad_id=pad_id, generators=generators, prompt_ids=prompt_ids,
         stop_sequences=stop_sequences, **given,
     )  # fmt: skip
-    return torch.stack(list(tokens), dim=1)
+    written: list[Tensor] = []
+    for token in tokens:
+        written.append(token)
+        if tell is not None:
+            tell(token)
+    return torch.stack(written, dim=1)
 
 
 @torch.inference_mode()

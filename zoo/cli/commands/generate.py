@@ -18,20 +18,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--model", help="recipe of an official file")
     arguments = parser.parse_args(argv)
-    from PIL import Image, UnidentifiedImageError
-
     from zoo.cli.checkpoint import load
-    from zoo.errors import ConfigError, DataError
+    from zoo.cli.images import open_image
+    from zoo.errors import ConfigError
 
-    images = []
-    for path in arguments.image:
-        try:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
-        except FileNotFoundError as error:
-            raise DataError(f"no image {path}") from error
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"cannot read image {path}: {error}") from error
+    images = [open_image(path) for path in arguments.image]
     module = load(arguments.checkpoint, arguments.model)
     if not hasattr(module.model, "generate_text"):
         raise ConfigError(f"{module.recipe.name} writes no text: take a model with a decoder, e.g. llava")

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from zoo.errors import ConfigError
 
-USAGE = """usage: zoo show NAME [KEY=VALUE ...] [--fields]
+USAGE = """usage: zoo show NAME [KEY=VALUE ...] [--fields | --template]
 
   zoo show blip2-opt                       parts, parameters, frozen or trained, FLOPs, attention layout
   zoo show llava connector=qformer scale=tiny
   zoo show qformer                         a part: its fields, their defaults, what they mean
-  --fields                                 every field of every part of the model, as KEY=VALUE can set it"""
+  --fields                                 every field of every part of the model, as KEY=VALUE can set it
+  --template                               a caption and a dialogue token by token, as every stage trains on them"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,14 +25,17 @@ def main(argv: Sequence[str]) -> int:
 
     names = [a for a in argv if "=" not in a and not a.startswith("-")]
     overrides = [a for a in argv if "=" in a]
-    unknown = [a for a in argv if a.startswith("-") and a != "--fields"]
+    unknown = [a for a in argv if a.startswith("-") and a not in ("--fields", "--template")]
     if unknown or len(names) != 1:
         raise ConfigError(
-            f"zoo show takes one NAME, KEY=VALUE and --fields, not {' '.join(unknown or names) or 'nothing'}"
+            "zoo show takes one NAME, KEY=VALUE, --fields and --template, not "
+            f"{' '.join(unknown or names) or 'nothing'}"
         )
     name = names[0]
     if name in catalogue()["model"]:
-        return show_model(name, overrides, "--fields" in argv)
+        return show_model(name, overrides, "--fields" in argv, "--template" in argv)
+    if "--template" in argv:
+        raise ConfigError(f"{name!r} is no model: only whole models have a template")
     kinds = [kind for kind in KINDS if kind != "model" and name in catalogue()[kind]]
     if not kinds:
         known = [n for kind in KINDS for n in catalogue()[kind].names()]
@@ -41,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def show_model(name: str, overrides: Sequence[str], fields: bool) -> int:
+def show_model(name: str, overrides: Sequence[str], fields: bool, template: bool = False) -> int:
     import yaml
     from rich.console import Console
     from rich.syntax import Syntax
@@ -54,6 +58,11 @@ def show_model(name: str, overrides: Sequence[str], fields: bool) -> int:
     if fields:
         text = yaml.safe_dump(recipe.to_plain(), sort_keys=False, allow_unicode=True)
         Console().print(Syntax(text, "yaml", background_color="default"))
+        return 0
+    if template:
+        from zoo.cli.template import show_template
+
+        show_template(recipe)
         return 0
     console = Console()
     with console.status(f"building {recipe.name} on the meta device"):
