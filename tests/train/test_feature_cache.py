@@ -111,6 +111,23 @@ def test_losses_and_weights_equal_those_without_a_cache(plain: Path, tmp_path: P
     assert sum(counted) == 2 * (1 + 4 + 4)  # shape, check, evaluation
 
 
+@pytest.mark.parametrize("model", ["blip2", "blip2-opt-staged", "blip2-flan-t5"])
+def test_every_wiring_with_a_frozen_eye_reads_the_cache(model: str, tmp_path: Path) -> None:
+    sizes = ["wiring.augment=none", "encoder.depth=2", "connector.depth=2", *["decoder.depth=1"] * (model != "blip2")]
+    common = [f"model={model}", "scale=tiny", "batch_size=8", "budget.value=4", "trainer.log_every=1", *sizes]
+    losses = []
+    for name, cache in (("plain", "false"), ("cached", "true")):
+        folder = tmp_path / name
+        folder.mkdir()
+        own = [f"trainer.cache_features={cache}", f"trainer.cache_dir={tmp_path / 'cache'}", "trainer.accelerator=cpu"]
+        run_config([*common, *own, "evaluation.tasks={}"]).write(folder / "run.yaml")
+        run(folder)
+        losses.append(curve(folder))
+    assert manifest(tmp_path / "cached")["features"]["images"] == 32
+    for (step, a), (_, b) in zip(*losses, strict=True):
+        assert a == pytest.approx(b, abs=5e-6), step
+
+
 def test_flops_count_the_encoder_once_an_image(plain: Path, tmp_path: Path) -> None:
     config = prepared(tmp_path / "cached", "trainer.cache_features=true")
     run(tmp_path / "cached")

@@ -37,6 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from zoo.data.images import ImageTransform
 from zoo.data.processor import images_of
 from zoo.data.sample import Sample
 from zoo.errors import ConfigError, DataError, RunError
@@ -307,7 +308,7 @@ class CachedFeatures:
         Raises:
             DataError: An image is not in the store.
         """
-        count = self.count(sample.id) if known else len(images_of(sample))
+        count = max(1, self.count(sample.id)) if known else len(images_of(sample))
         rows = [self.store.row(self.key(sample.id, image)) for image in range(count)]
         if self.drawn is not None and place >= self.drawn:
             rows = [-1 if row is None else row for row in rows]
@@ -319,9 +320,13 @@ class CachedFeatures:
         return with_images(sample, marks)
 
     def over(self, processor: Processor) -> Processor:
-        """A processor that puts row numbers where ``processor`` puts pixels."""
+        """A processor that puts row numbers where ``processor``, or one that it is made of, puts pixels."""
         other: Any = copy.copy(cast("Any", processor))
-        other.transform = self.transform
+        for name, value in list(vars(other).items()):
+            if isinstance(value, ImageTransform):
+                setattr(other, name, self.transform)
+            elif isinstance(getattr(value, "transform", None), ImageTransform):
+                setattr(other, name, self.over(value))
         return cast("Processor", other)
 
     def tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
