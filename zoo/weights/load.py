@@ -179,7 +179,8 @@ def _touched(stored: Recipe, recipe: Recipe) -> dict[str, bool]:
 
 def _same_tokenizer(stored: Recipe, recipe: Recipe) -> bool:
     def names(r: Recipe) -> list[Any]:
-        return [getattr(r.parts[s][1], "tokenizer", None) for s in ("text_encoder", "decoder", "trunk") if s in r.parts]
+        slots: list[str] = [s for s in ("text_encoder", "decoder", "trunk") if s in r.parts] or ["connector"]
+        return [getattr(r.parts[s][1], "tokenizer", None) for s in slots if s in r.parts]
 
     return names(stored) == names(recipe)
 
