@@ -92,9 +92,10 @@ def test_text_alone_and_too_long_a_dialogue(module: ZooModule) -> None:
     assert len(chat.turns) == 1
 
 
-def test_models_without_prompts_are_refused_in_one_line() -> None:
+@pytest.mark.parametrize("name", ["clip", "blip-caption"])
+def test_models_without_dialogues_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match="holds no dialogues"):
-        Chat(zoo.build("clip", scale="tiny").model)
+        Chat(zoo.build(name, scale="tiny").model)
 
 
 class Spelling:
