@@ -202,3 +202,16 @@ def test_bare_file_of_the_hub(g: Any, model: Any, tmp_path: Path) -> None:
     assert unknown == []
     assert set(mapped) == set(model.state_dict())
     assert file_format(recipe, model.state_dict()) is None
+
+
+def test_larger_images_interpolate_the_positions(g: Any, model: Any, tmp_path: Path) -> None:
+    """As base-490 goes on from base-224: the same weights, the table of positions resized, more patches."""
+    source = folder_of(g, tmp_path / "cogvlm", max_position_embeddings=128)
+    larger, recipe, report = load_model(source, changes={"encoder": {"image_size": 32}})
+    assert "+encoder.image_size=32" in recipe.name
+    assert report.resized == ["encoder.embed.positions"]
+    assert (report.new, report.ignored) == ([], [])
+    assert larger.connector.tokens == larger.decoder.image_tokens == 64 + 2
+    own, theirs = larger.state_dict(), model.state_dict()
+    assert all(torch.equal(own[name], t) for name, t in theirs.items() if name != "encoder.embed.positions")
+    assert own["encoder.embed.positions"].shape == (1, 65, g.config["vit_width"])

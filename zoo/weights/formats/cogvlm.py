@@ -72,10 +72,7 @@ def from_transformers(config: Mapping[str, Any], folder: Path) -> Official:
 
 
 def from_state(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:
-    """A bare file in the hub's names, or of the Vicuna that CogVLM starts from; None for the zoo's own names.
-
-    A Llama's tensors go to the language's half; the visual experts are then new, and start as the decoder was drawn
-    (``CogVLMLM.start_experts`` copies the language's into them).
+    """A bare file in the hub's names; None for the zoo's own.
 
     Raises:
         WeightsError: SwissArmyTransformer's names.
