@@ -94,7 +94,7 @@ class Querying(ReadsQueries, WritesGrounded, EmbedsPairs, Model):  # type: ignor
         )
         return LazyOutputs(makers, ids.device.type)
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
+    def image_features(self, pixel_values: Tensor) -> Tensor:
         """Projected features [B, Q, embed_width] of the queries of images read alone, not normalised."""
         features: Tensor = self.heads.image_projection(self.connector.hidden(self.encode_images(pixel_values)))
         return features

@@ -21,11 +21,10 @@ from zoo.sampling.text import Decoding, align_right, streams, write
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
     from zoo.data.processor import PromptProcessor
-    from zoo.data.templates import Turn
     from zoo.data.text import TextTokenizer
 
-    Images = ImageLike | Sequence[ImageLike]
-    Prompt = str | Sequence[Turn]
+    Images = Any  # ImageLike | Sequence[ImageLike]; models of this base that read one image say so
+    Prompt = Any  # str | Sequence[Turn], a dialogue
 
 IGNORE = -100
 """Label of a position without a target."""
@@ -56,9 +55,7 @@ class WritesText(nn.Module):
         def processor(self) -> PromptProcessor: ...
         @property
         def device(self) -> torch.device: ...
-        def image_features(
-            self, pixel_values: Tensor | None, text: Features | None = None, image_tokens: Tensor | None = None
-        ) -> Tensor: ...
+        def image_features(self, *inputs: Any, **others: Any) -> Tensor: ...
         def _instruction(self, batch: Mapping[str, Tensor]) -> Features | None: ...
         def _splice(
             self,
