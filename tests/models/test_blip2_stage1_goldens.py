@@ -212,3 +212,21 @@ def test_a_file_of_stage_two_is_refused_in_one_line(g: Any, tmp_path: Path) -> N
     torch.save({"model": dict(g.weights)}, tmp_path / "model.pth")
     with pytest.raises(WeightsError, match=r"do not tell encoder\.heads"):
         zoo.from_pretrained(tmp_path / "model.pth", model="blip2")
+
+
+def test_stage_two_starts_from_the_released_file(g: Any, module: ZooModule, tmp_path: Path) -> None:
+    first: Any = module.recipe.parts["encoder"][1]
+    sizes = ("width", "depth", "heads", "ffn", "image_size", "patch_size")
+    encoder = {name: getattr(first, name) for name in sizes}
+    qformer: Any = module.recipe.parts["connector"][1]
+    connector = {name: getattr(qformer, name) for name in ("queries", "width", "depth", "heads", "ffn", "cross_every")}
+    decoder = {"width": 32, "depth": 1, "heads": 4, "ffn": 32}
+    path = tmp_path / "model.pth"  # written for the first stage
+    second = zoo.build("blip2-opt", scale="tiny", encoder=encoder, connector=connector, decoder=decoder, init=path)
+    report: Any = second.load_report
+    assert report.started_new == ("connector.proj", "decoder")
+    assert {"temp", "itm_head", "Qformer.bert.encoder.layer.*.intermediate.dense"} <= set(report.dropped)
+    model: Any = second.eval().model
+    with torch.no_grad():
+        states = model.connector.hidden(model.encode_images(g.inputs["image"]))
+    torch.testing.assert_close(states, g.outputs["query_output"], **CLOSE)

@@ -116,7 +116,7 @@ def start_from(network: Model, source: str | Path, model: str | None = None) -> 
         new=sorted(new),
         resized=resized,
         ignored=sorted({*left, *read.ignored}),
-        dropped=shortest(left, [n for n in state if n in taken]),
+        dropped=(*shortest(left, [n for n in state if n in taken]), *_modules(read.ignored)),
         started_new=shortest(new, [n for n in own if n not in set(new)]),
     )
 
@@ -146,6 +146,11 @@ def shortest(names: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
         cut = next((i for i in range(1, len(steps) + 1) if ".".join(steps[:i]) not in taken), len(steps))
         paths[re.sub(r"(?<=layers\.)\d+", "*", ".".join(steps[:cut]))] = None
     return tuple(paths)
+
+
+def _modules(names: Iterable[str]) -> tuple[str, ...]:
+    """The modules of another library's names that no rule of the key map takes; numbers become ``*``."""
+    return tuple(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", n.rpartition(".")[0] or n) for n in sorted(names)))
 
 
 def _tops(names: Iterable[str]) -> str:
