@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,12 +110,15 @@ def check_cacheable(config: RunConfig, module: ZooModule | None = None) -> None:
             )
 
 
-def open_features(config: RunConfig, module: ZooModule, source: Source, progress: Any = None) -> RunFeatures:
+def open_features(
+    config: RunConfig, module: ZooModule, source: Source, state: Mapping[str, Any] | None = None, progress: Any = None
+) -> RunFeatures:
     """Open the run's set, compare a few images with what is there, and encode what is not.
 
     Several processes may call this at once: one encodes, the others wait and read its rows.
 
     Args:
+        state: The checkpoint that the run resumes from: its encoder need not be the module's new one (``init``).
         progress: Called as ``progress(phase, done, total, values)``.
 
     Raises:
@@ -124,6 +127,8 @@ def open_features(config: RunConfig, module: ZooModule, source: Source, progress
         RunError: The folder cannot be written, or the disk has no room.
     """
     check_cacheable(config, module)
+    if state is not None:
+        module.load_state_dict(state["state_dict"])
     started = time.perf_counter()
     filler = _Filler(config, module, source)
     try:

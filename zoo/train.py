@@ -422,7 +422,7 @@ def train(
     done = int(state["zoo_stage"]) if state else 0
     steps = config.stage_steps()
     order = SampleOrder(source.ids("train"), config.seed)
-    cached = open_features(config, module, source, progress) if config.trainer.cache_features else None
+    cached = open_features(config, module, source, state, progress) if config.trainer.cache_features else None
     manifest.update(flops=training_flops(config, cached), features=None if cached is None else cached.to_plain())
     if config.trainer.compile:
         module.model.compile()

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.train.test_run import assert_equal_weights, curve, weights
+from tests.train.test_run import assert_equal_weights, curve, stop_at, weights
 from zoo.cli.overrides import run_config
 from zoo.compare.flops import count_recipe
 from zoo.data.feature_cache import FeatureStore
 from zoo.errors import ConfigError, DataError
 from zoo.frozen_features import cache_root, check_cacheable, open_features
 from zoo.run_config import RunConfig
-from zoo.train import run
+from zoo.train import Interrupted, run
 
 SIZES = [
     "model=llava",
@@ -126,6 +126,23 @@ def test_every_wiring_with_a_frozen_eye_reads_the_cache(model: str, tmp_path: Pa
     assert manifest(tmp_path / "cached")["features"]["images"] == 32
     for (step, a), (_, b) in zip(*losses, strict=True):
         assert a == pytest.approx(b, abs=5e-6), step
+
+
+def test_a_resumed_run_that_began_from_other_weights_reads_their_features(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["trainer.cache_features=true", "seed=3", f"init={plain}"]
+    prepared(tmp_path / "whole", *common)
+    run(tmp_path / "whole")
+    prepared(tmp_path / "stopped", *common)
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "stopped")
+    run(tmp_path / "stopped")
+    assert manifest(tmp_path / "stopped")["features"]["computed"] == 0
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    assert_equal_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_flops_count_the_encoder_once_an_image(plain: Path, tmp_path: Path) -> None:
@@ -304,7 +321,7 @@ def test_runs_at_once_encode_each_image_once(tmp_path: Path, monkeypatch: pytest
 
     def fill(module: Any) -> int:
         barrier.wait()
-        found = open_features(config, module, source, lambda phase, *rest: phases.append(phase))
+        found = open_features(config, module, source, progress=lambda phase, *rest: phases.append(phase))
         assert (found.images, len(found.features.store)) == (96, 96)
         return found.computed
 
