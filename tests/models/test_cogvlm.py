@@ -235,6 +235,14 @@ def test_rows_that_disagree_are_each_arranged_on_their_own() -> None:
     assert layout.modality.sum(1).tolist() == [n - 1, n - 1, 0]
 
 
+def test_images_that_touch_keep_their_ends() -> None:
+    model = small().model
+    n, image = model.connector.tokens, model.image_token_id
+    layout = model._layout(torch.tensor([[1, *[image] * (2 * n), 7]]), None)
+    assert layout.position[0].tolist() == [0, 1, *[2] * (n - 2), 3, 4, *[5] * (n - 2), 6, 7]
+    assert (layout.modality[0] == TEXT).nonzero()[:, 0].tolist() == [0, n, 2 * n, 2 * n + 1]
+
+
 @torch.no_grad()
 def test_patch_is_blind_to_the_next_patch(shake: Shake) -> None:
     model = small(shake).model.eval()

@@ -91,13 +91,17 @@ class CogVLMLM(TrunkLM):
     def arrange(self, layout: Layout, ids: Tensor, slots: Tensor) -> Layout:
         """Routes and positions of rows whose images stand at ``slots`` as [boi, patches, eoi].
 
-        A slot is read by the visual expert if the next one is a slot too: boi and patches are, eoi is not. The patches
-        of an image share one position, and the next token counts on from it (the released build_position_ids and
-        get_expert_mask). Attention stays causal, patches included. Images may not touch: as published, a row shows one.
+        Boi and patches pass the visual expert, eoi does not. The patches of an image share one position, and the next
+        token counts on from it (the released build_position_ids and get_expert_mask). Attention stays causal, patches
+        included. Images may touch where the wiring has said how many slots each takes.
         """
-        visual = slots & F.pad(slots[:, 1:], (0, 1))  # [B, T]
-        patch = visual & F.pad(slots[:, :-1], (1, 0))
-        counted = layout.real & ~(patch & F.pad(patch[:, :-1], (1, 0)))
+        place = slots.long().cumsum(1) - 1  # [B, T] number of a slot in its image
+        eoi = slots & ~F.pad(slots[:, 1:], (0, 1))
+        if self.image_tokens:
+            place = place % self.image_tokens
+            eoi = slots & (place == self.image_tokens - 1)
+        visual = slots & ~eoi
+        counted = layout.real & ~(visual & (place > 1))  # boi 0, the first patch 1
         position = (counted.long().cumsum(1) - 1).clamp(min=0)
         modality = torch.where(visual, VISUAL, TEXT)
         spans: tuple[tuple[int, int, int], ...] | None
