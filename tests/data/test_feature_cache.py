@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from zoo.data.feature_cache import (
-    RECORD,
+    RECORD_BYTES,
     CachedFeatures,
     CachedImage,
     FeatureStore,
@@ -85,11 +85,11 @@ def test_a_torn_index_loses_only_the_rows_it_tore(lost: int, tmp_path: Path) -> 
     index = store.folder / "index.bin"
     index.write_bytes(index.read_bytes()[:-lost])
     again = opened(tmp_path)
-    left = 6 - -(-lost // RECORD.itemsize)
+    left = 6 - -(-lost // RECORD_BYTES)
     assert len(again) == left
     put(again, range(6))
     assert torch.equal(rows_of(again, range(6)), torch.stack([row(n) for n in range(6)]))
-    assert index.stat().st_size == 6 * RECORD.itemsize
+    assert index.stat().st_size == 6 * RECORD_BYTES
 
 
 def test_bytes_that_no_record_speaks_of_are_overwritten(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_two_processes_at_once_write_every_row_once(tmp_path: Path) -> None:
         assert process.exitcode == 0
     store = opened(tmp_path)
     assert len(store) == 200
-    assert (store.folder / "index.bin").stat().st_size == 200 * RECORD.itemsize
+    assert (store.folder / "index.bin").stat().st_size == 200 * RECORD_BYTES
     assert torch.equal(rows_of(store, range(200)), torch.stack([row(n) for n in range(200)]))
 
 

@@ -45,7 +45,8 @@ from zoo.errors import ConfigError, DataError, RunError
 if TYPE_CHECKING:
     from zoo.data.processor import Processor
 
-RECORD = np.dtype([("key", "V16"), ("crc", "<u4"), ("zero", "<u4")])
+RECORD = [("key", "V16"), ("crc", "<u4"), ("zero", "<u4")]
+RECORD_BYTES = 24
 GB = 10**9
 
 
@@ -109,9 +110,11 @@ class FeatureStore:
     def refresh(self) -> None:
         """See what other processes have added."""
         with (self.folder / "index.bin").open("rb") as file:
-            file.seek(len(self._crc) * RECORD.itemsize)
+            file.seek(len(self._crc) * RECORD_BYTES)
             raw = file.read()
-        new = np.frombuffer(raw[: len(raw) // RECORD.itemsize * RECORD.itemsize], RECORD)  # a torn record is left out
+        new = np.frombuffer(
+            raw[: len(raw) // RECORD_BYTES * RECORD_BYTES], np.dtype(RECORD)
+        )  # a torn record is left out
         whole = (self.folder / "tokens.bin").stat().st_size // self.row_bytes
         new = new[: max(0, whole - len(self._crc))]
         for number, key in enumerate(new["key"].tolist(), len(self._crc)):
@@ -188,7 +191,7 @@ class FeatureStore:
             return
         data = rows[fresh].detach().to("cpu", self.dtype).contiguous().view(torch.uint8)
         plain = data.reshape(len(fresh), self.row_bytes).numpy()
-        records = np.zeros(len(fresh), RECORD)
+        records = np.zeros(len(fresh), np.dtype(RECORD))
         for place, i in enumerate(fresh):
             records[place] = (keys[i], zlib.crc32(plain[place]), 0)
         start = len(self._crc)
@@ -197,7 +200,7 @@ class FeatureStore:
                 file.seek(start * self.row_bytes)
                 file.write(plain.tobytes())
             with (self.folder / "index.bin").open("r+b") as file:  # after the rows are written and closed
-                file.seek(start * RECORD.itemsize)
+                file.seek(start * RECORD_BYTES)
                 file.write(records.tobytes())
         except OSError as error:
             raise _unwritable(self.folder, error) from error
