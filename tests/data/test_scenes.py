@@ -445,3 +445,12 @@ def test_mixes_and_what_cannot_be() -> None:
     for wrong in ("train-000300", "train-1", "tset-000000", "train-x"):
         with pytest.raises(DataError, match="unknown scene"):
             source.sample(wrong)
+
+
+def test_a_request_for_a_description_opens_the_dialogue(scenes: Scenes) -> None:
+    source = make(describe="Describe the image.")
+    for id in source.ids("train")[:20]:
+        plain, asked = scenes.text_sample(id), source.text_sample(id)
+        assert asked.meta["turns"][0] == ("Describe the image.", plain.texts[0])
+        assert asked.meta["turns"][1:] == plain.meta["turns"]
+        assert asked.meta["questions"] == plain.meta["questions"]

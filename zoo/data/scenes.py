@@ -32,7 +32,8 @@ class ScenesConfig(SourceConfig):
     A scene follows from ``seed`` and its id alone. ``objects`` is how many icons it has, as ``3`` or ``1..4`` (at most
     16). ``questions`` is ``none``, ``all``, or kinds joined by ``+``: what, count, exist, where, relation, which,
     colour (see ``zoo.data.scenes_texts``; ``all`` asks for a colour only where the background has one). Every scene
-    allows at least one of them, and ``turns`` of those it allows are kept (0 keeps all). ``icons="heldout"`` draws the
+    allows at least one of them, and ``turns`` of those it allows are kept (0 keeps all). ``describe`` is a request that
+    opens every dialogue and is answered by the first caption (empty: none does). ``icons="heldout"`` draws the
     scenes of val and test from icons that no training scene shows (those that ``data=openmoji`` holds out too);
     ``"train"`` draws all splits from the training icons, so that val and test measure new scenes of known icons; which
     split may show a picture then follows from its content.
@@ -45,6 +46,7 @@ class ScenesConfig(SourceConfig):
     objects: str = "1..4"
     questions: str = "all"
     turns: int = 4
+    describe: str = ""
     icons: Literal["heldout", "train"] = "heldout"
     overlap: bool = False
     background: Literal["white", "coloured"] = "white"
@@ -194,13 +196,16 @@ class Scenes:
             ],
             "background": scene.background,
         }
+        texts = captions(scene)
+        opening = [(self.config.describe, texts[0])] if self.config.describe else []
+        if asked or opening:
+            meta["turns"] = [*opening, *((q.question, q.answer) for q in asked)]
         if asked:
-            meta["turns"] = [(q.question, q.answer) for q in asked]
             meta["questions"] = [
                 {"question": q.question, "answer": q.answer, "kind": q.kind, "strategy": q.strategy, "names": q.names}
                 for q in asked
             ]
-        return Sample(id, None, captions(scene), meta)
+        return Sample(id, None, texts, meta)
 
     def sample(self, id: str) -> Sample:
         """Return the picture at ``size`` pixels and everything known about it."""
