@@ -448,7 +448,7 @@ def test_mixes_and_what_cannot_be() -> None:
 
 
 def test_a_request_for_a_description_opens_the_dialogue(scenes: Scenes) -> None:
-    source = make(describe="Describe the image.")
+    source = make(objects="2..4", background="coloured", turns=0, describe="Describe the image.")
     for id in source.ids("train")[:20]:
         plain, asked = scenes.text_sample(id), source.text_sample(id)
         assert asked.meta["turns"][0] == ("Describe the image.", plain.texts[0])
