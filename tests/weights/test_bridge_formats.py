@@ -60,7 +60,6 @@ def test_own_names_are_not_taken_for_official_ones() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "blip-2", "text_config": {"model_type": "t5"}}, "T5"),
         ({"model_type": "blip-2", "qformer_config": {"use_qformer_text_input": True}}, "text branch"),
         ({"model_type": "blip-2", "vision_config": {"hidden_act": "relu"}}, "expected gelu"),
         ({"model_type": "llava", "vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
