@@ -20,7 +20,8 @@ from zoo.layout import TokenBatch
 from zoo.models.bridge import Bridge
 from zoo.module import ZooModule
 from zoo.objectives.next_token import NextTokenConfig
-from zoo.sampling.text import Decoding
+from zoo.sampling.text import Decoding, align_right
+from zoo.sampling.text import write as write_text
 from zoo.weights import load_model
 from zoo.weights.keymaps import instructblip as maps
 from zoo.weights.keymaps import load_into
@@ -179,6 +180,16 @@ def test_lavis_greedy_frames_and_ranking(golden: Golden, tmp_path: Path) -> None
         )
     real10 = torch.cat([torch.ones_like(slots).bool(), mask], 1)
     torch.testing.assert_close(embeds[real10], g.outputs["video_inputs_embeds"][real10], **FEATURES)
+    # the released penalty counts what was written and an unused BOS, not the prompt, which is embeddings there
+    slots5 = slots[:, :5]
+    ids, seen = torch.cat([slots5, text], 1), torch.cat([torch.ones_like(slots5).bool(), mask], 1)
+    asked_bool = {"instruction_ids": asked["instruction_ids"], "instruction_mask": asked["instruction_mask"].bool()}
+    embeds, aligned = align_right(model._splice(ids, g.inputs["image"], text=model._instruction(asked_bool)), seen)
+    new = write_text(
+        model.decoder, embeds, model._layout(align_right(ids, seen)[0], aligned),
+        Decoding(max_new_tokens=g.config["gen_max_length"], repetition_penalty=1.5), stop_ids=[2], pad_id=2,
+    )  # fmt: skip
+    same(new, g.outputs["generate_ids_greedy_rep1.5"])
     # ranking: the sum of nats orders candidates as the released mean over the padded row does
     losses = torch.zeros(3, 3)
     instruction = {"instruction_ids": asked["instruction_ids"], "instruction_mask": asked["instruction_mask"].bool()}
