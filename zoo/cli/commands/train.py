@@ -162,10 +162,14 @@ def prepare_folder(folder: Path, config: RunConfig) -> None:
 def show(configs: dict[Path, RunConfig]) -> None:
     import yaml
     from rich.console import Console
+    from rich.markup import escape
     from rich.syntax import Syntax
 
     for folder, config in configs.items():
-        Console().print(f"\n[bold]{folder}[/bold]  {sum(config.stage_steps())} steps of {config.batch_size}")
+        # a name may hold what rich reads as markup: decoder.lora_targets=[q_proj]
+        Console().print(
+            f"\n[bold]{escape(str(folder))}[/bold]  {sum(config.stage_steps())} steps of {config.batch_size}"
+        )
         Console().print(Syntax(yaml.safe_dump(config.to_plain(), sort_keys=False), "yaml", background_color="default"))
 
 
