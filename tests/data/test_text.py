@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -87,7 +89,9 @@ def test_clip_ids_equal_open_clip() -> None:
     st.text(st.characters(exclude_categories=["Cn", "Cs"]), max_size=30).filter(lambda t: "_of_text" not in t.lower())
 )
 def test_clip_ids_equal_open_clip_on_any_text(text: str) -> None:
-    # only assigned characters: the two regular expression engines know different versions of Unicode
+    # only assigned characters: the two regular expression engines know different versions of Unicode; what ftfy takes
+    # for a wrong encoding may become an unassigned one
+    assume(all(unicodedata.category(c) != "Cn" for c in ftfy.fix_text(text)))
     assert CLIP.encode([text])[0] == reference_clip().encode(text)
 
 

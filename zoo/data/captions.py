@@ -11,7 +11,7 @@ from zoo.data.images import ImageTransform
 from zoo.data.processor import PairProcessor
 from zoo.data.templates import IGNORE
 from zoo.data.text import TextTokenizer
-from zoo.errors import DataError
+from zoo.errors import ConfigError, DataError
 
 
 class CaptionProcessor(PairProcessor):
@@ -66,9 +66,21 @@ class CaptionProcessor(PairProcessor):
             "text_bytes": torch.tensor([len(text.encode()) for text in texts]),
         }
 
-    def encode_prompts(self, prompts: Sequence[str] | None, count: int) -> dict[str, Tensor]:
+    def encode_prompts(
+        self, prompts: Sequence[str] | None, count: int, images: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """Return ``input_ids`` [B, T] and ``attention_mask`` [B, T] of ``count`` rows that end where captions begin;
-        pads stand in front."""
+        pads stand in front.
+
+        Args:
+            images: How many images a row shows; there must be one.
+
+        Raises:
+            ConfigError: Several images, or none, for one caption.
+        """
+        wrong = next((n for n in images or () if n != 1), None)
+        if wrong is not None:
+            raise ConfigError(f"a caption is written about one image, and {wrong} were given for one row")
         rows = [self._start(question) for question in prompts] if prompts is not None else []
         rows = rows or [self._start(self.prompt)] * count
         width = max(map(len, rows))

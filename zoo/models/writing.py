@@ -110,14 +110,16 @@ class WritesText(nn.Module):
                 rows = self.processor.encode_prompts(
                     None if prompts is None else prompts[part], len(counts), images=counts
                 )
+                instruction: dict[str, Any] = {  # what a captioner neither makes nor takes
+                    name: rows[name].to(self.device) for name in ("instruction_ids", "instruction_mask") if name in rows
+                }
                 ids = self.generate_ids(
                     self._pixels(shown),
                     rows["input_ids"].to(self.device),
                     rows["attention_mask"].to(self.device),
                     decoding,
                     generators=streams(seed, part.start, len(counts)) if temperature else None,
-                    instruction_ids=rows["instruction_ids"].to(self.device) if "instruction_ids" in rows else None,
-                    instruction_mask=rows["instruction_mask"].to(self.device) if "instruction_mask" in rows else None,
+                    **instruction,
                 )
                 out += [self.processor.decode(row) for row in ids.tolist()]
         return out

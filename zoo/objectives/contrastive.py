@@ -138,8 +138,8 @@ class Contrastive(Objective):
                     first = dist.get_rank() * images.shape[0]
             if not self.keys_learn:
                 all_images, all_texts = all_images.detach(), all_texts.detach()
-            logits_per_image = scale * similarities(images, all_texts)  # [B, R*B]
-            logits_per_text = scale * similarities(texts, all_images)
+            logits_per_image = similarities(scale * images, all_texts)  # [B, R*B]
+            logits_per_text = similarities(scale * texts, all_images)
             labels = targets = torch.arange(first, first + images.shape[0], device=images.device)
             if ids is not None and all_ids is not None:
                 same = (ids[:, None] == all_ids).float()

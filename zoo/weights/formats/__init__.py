@@ -50,7 +50,7 @@ FILES |= dict.fromkeys(
 )
 FILES |= dict.fromkeys(("coca", "coca-vit-l-14"), "zoo.weights.formats.coca:from_state")
 FILES |= dict.fromkeys(("cogvlm-base-224", "cogvlm-base-490", "cogvlm-chat"), "zoo.weights.formats.cogvlm:from_state")
-FILES["visualglm-6b"] = "zoo.weights.formats.visualglm:from_state"
+FILES |= {"visualglm-6b": "zoo.weights.formats.visualglm:from_state"}
 FILES |= dict.fromkeys(("vlmo", "vlmo-base-plus", "vlmo-large"), "zoo.weights.formats.vlmo:from_state")
 FILES |= dict.fromkeys(
     (
