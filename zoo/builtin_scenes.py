@@ -18,6 +18,12 @@ SCENES = (
         summary="conversations about your images in LLaVA's JSON (file=PATH, root=PATH)",
     ),
     Component(
+        kind="data",
+        name="mixture",
+        ref="zoo.data.mixture:MixtureConfig",
+        summary="several sources as one, drawn at rates of their sizes' square roots, or otherwise",
+    ),
+    Component(
         kind="task",
         name="question-answering",
         ref="zoo.evaluation.question_answering:QuestionAnsweringConfig",

@@ -200,12 +200,13 @@ class _Filler:
 
     def wanted(self) -> list[str]:
         """Ids of the samples that the run's steps draw."""
-        from zoo.data.order import SampleOrder
+        from zoo.data.order import SampleOrder, training_order
 
         ids = self.source.ids("train")
-        if self.drawn >= len(ids):
+        order = training_order(self.source, self.config.seed)
+        if isinstance(order, SampleOrder) and self.drawn >= len(ids):
             return ids
-        kept = {draw.id for draw in SampleOrder(ids, self.config.seed).slice(0, self.drawn)}
+        kept = {draw.id for draw in order.slice(0, self.drawn)}
         return [id for id in ids if id in kept]
 
     def fill(self, ids: Sequence[str], progress: Any) -> None:

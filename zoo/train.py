@@ -342,11 +342,11 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
 
 def start_manifest(config: RunConfig, module: ZooModule, source: Source) -> dict[str, Any]:
     """What is known of a run before its first step."""
-    from zoo.data.order import SampleOrder
+    from zoo.data.order import training_order
     from zoo.data.sample import data_hash
 
     plain = config.to_plain()
-    order = SampleOrder(source.ids("train"), config.seed)
+    order = training_order(source, config.seed)
     samples = sum(config.stage_steps()) * config.batch_size
     trained = [name for name, parameter in module.model.named_parameters() if parameter.requires_grad]
     parts = [
@@ -415,13 +415,13 @@ def train(
     """Run the stages that are not complete yet."""
     record.reset_peak_memory()
     from zoo.data.loader import loader
-    from zoo.data.order import SampleOrder
+    from zoo.data.order import training_order
 
     path = folder / "checkpoint" / "last.ckpt"
     state = load_checkpoint(path) if path.is_file() else None
     done = int(state["zoo_stage"]) if state else 0
     steps = config.stage_steps()
-    order = SampleOrder(source.ids("train"), config.seed)
+    order = training_order(source, config.seed)
     cached = open_features(config, module, source, state, progress) if config.trainer.cache_features else None
     manifest.update(flops=training_flops(config, cached), features=None if cached is None else cached.to_plain())
     if config.trainer.compile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +109,17 @@ class SampleOrder:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._epoch = lru_cache(maxsize=2)(self._permutation)
+
+
+def training_order(source: Any, seed: int) -> Order:
+    """Return the order in which training reads a source: its own ``order(split, seed)`` where it has one (mixtures),
+    else a ``SampleOrder`` of its training split.
+
+    Raises:
+        DataError: as ``SampleOrder``.
+    """
+    own = getattr(source, "order", None)
+    return own("train", seed) if own is not None else SampleOrder(source.ids("train"), seed)
 
 
 def share(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[int, int]:
