@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from zoo.cli.overrides import run_config
+from zoo.data.llava_json import LlavaJsonConfig
+from zoo.data.order import SampleOrder
 from zoo.errors import RunError, WeightsError
 from zoo.run_config import RunConfig
 from zoo.train import Interrupted, Keeper, load_checkpoint, read_lines, run
@@ -190,6 +193,36 @@ def test_two_gloo_processes_equal_one_at_equal_global_batch(model: str, tmp_path
     left, right = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in left:
         torch.testing.assert_close(left[name], right[name], atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_without_an_image_neither_hang_nor_change_the_losses(tmp_path: Path) -> None:
+    """Dialogues of which half show no picture, one a rank: a rank of text alone still takes part in every reduction."""
+    rows = []
+    for number in range(24):
+        ask = "what is it?" if number % 2 else "<image>\nwhat is it?"
+        talk = [{"from": "human", "value": ask}, {"from": "gpt", "value": f"it is number {number}"}]
+        rows.append({"id": str(number), "conversations": talk})
+        if number % 2 == 0:
+            rows[-1]["image"] = f"{number}.png"
+            Image.new("RGB", (64, 64), (10 * number, 100, 200)).save(tmp_path / f"{number}.png")
+    (tmp_path / "talk.json").write_text(json.dumps(rows))
+    data = ["data=llava-json", f"data.file={tmp_path / 'talk.json'}", f"data.root={tmp_path}"]
+    own = [*data, "batch_size=2", "wiring.template=llava_v1", "evaluation.tasks={}"]
+    prepared(tmp_path / "one", *own, model="llava")
+    run(tmp_path / "one")
+    prepared(tmp_path / "two", "trainer.devices=2", *own, model="llava")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "zoo.worker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "two")], capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    source = LlavaJsonConfig(file=str(tmp_path / "talk.json"), root=str(tmp_path)).build(64)
+    drawn = SampleOrder(source.ids("train"), 0).slice(0, 16)
+    shown = [source.sample(draw.id).image is not None for draw in drawn]
+    assert any(a != b for a, b in zip(shown[::2], shown[1::2], strict=True))  # ranks of one step did differ
+    for (step, a), (_, b) in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5), step
 
 
 def test_a_run_for_two_devices_is_refused_in_one_process(tmp_path: Path) -> None:
