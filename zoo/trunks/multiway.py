@@ -47,7 +47,8 @@ class MultiwayConfig(SharedTrunkConfig):
         sub_norm: A norm before the attention output and before the last matrix of an expert (BEiT-3).
         eps: Of every norm of the transformer.
         layer_scale: Initial scale of every branch of a trunk of 12 layers or more; a shallower one starts at
-            layer_scale^(depth / 12), or its branches would add nothing to train from. None = no scales.
+            layer_scale^((depth - 4) / 8), 1 at 4 layers, or its branches would add nothing to train from. None = no
+            scales.
         init_std: Of the matrices at the start; 0 = the published 0.02 for published widths (``zoo.nn.start_std``).
         dropout: On embedded text.
         drop_path: Of the last layer, rising from 0.
@@ -103,6 +104,7 @@ class MultiwayConfig(SharedTrunkConfig):
     def trunk(self) -> TrunkConfig:
         """The transformer's configuration."""
         side = self.image_size // self.patch_size
+        deep = min(1.0, max(0.0, (self.depth - 4) / 8))
         tables = ((0, 1, 0, 1),) * self.pair_start + ((0, 1, 2, 2),) * self.pair_layers
         return TrunkConfig(
             width=self.width,
@@ -113,7 +115,7 @@ class MultiwayConfig(SharedTrunkConfig):
             bias=self.bias,
             sub_norm=self.sub_norm,
             rel_rows=(2 * side - 1) ** 2 + 3 + 2 + 2 * self.rows if self.relative else 0,
-            layer_scale=None if self.layer_scale is None else self.layer_scale ** min(1.0, self.depth / 12),
+            layer_scale=None if self.layer_scale is None else self.layer_scale**deep,
             init_std=self.init_std or start_std(self.width),
             drop_path=self.drop_path,
             routed=tuple(self.routed),
