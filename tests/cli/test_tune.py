@@ -105,6 +105,8 @@ def test_the_tried_seed_is_not_trained_again(swept: Path, tmp_path: Path) -> Non
         (["tune=lr3", f"tune.metric={METRIC}", "tune.split=test"], ["tune.split", "'test'", "choose another"]),
         (["tune=lr3", f"tune.metric={METRIC}", "lr_factor=3"], ["lr_factor", "tune"]),
         (["lr_factor=0"], ["lr_factor", "above 0"]),
+        ([f"tune.metric={METRIC}"], ["no factors", "tune=lr3"]),
+        (["tune=null"], ["tune=null", "lr3, none"]),
     ],
 )
 def test_mistakes_are_found_before_the_first_trial(changes: list[str], words: list[str], tmp_path: Path) -> None:
@@ -112,6 +114,14 @@ def test_mistakes_are_found_before_the_first_trial(changes: list[str], words: li
         train([*RUN, *changes, f"out={tmp_path}"])
     assert all(word in str(error.value) for word in words), error.value
     assert not any(tmp_path.rglob("run.yaml"))
+
+
+def test_an_experiments_search_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["experiment=connectors", "scale=tiny", "connector=mlp", "seed=0", "wiring.visual_tokens=4"]
+    train([*base, f"out={tmp_path}", "--dry-run"])
+    assert capsys.readouterr().out.count("recipe:") == 4  # three trials and the run
+    train([*base, "tune=none", f"out={tmp_path}", "--dry-run"])
+    assert capsys.readouterr().out.count("recipe:") == 1
 
 
 def test_rates_of_stages_and_paths_are_multiplied_too() -> None:

@@ -37,6 +37,12 @@ def options(group: str) -> list[str]:
     return catalogue()[group].names()
 
 
+def known(group: str) -> str:
+    """The first names of a group, for a message."""
+    names = options(group)
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
 def store_parts() -> None:
     """Give Hydra one option a registered part, in its ConfigStore; fields are filled in and checked by
     ``zoo.recipe``.
@@ -84,7 +90,9 @@ def prepare(overrides: Sequence[str]) -> list[str]:
             for value in values_of(override):
                 names = value if isinstance(value, list) else [value]
                 for name in names:
-                    if name is not None and str(name) not in options(head):
+                    if name is None:
+                        raise ConfigError(f"{head}=null names nothing: leave it out, or choose one of {known(head)}")
+                    if str(name) not in options(head):
                         what = head.replace("_", " ")
                         raise ConfigError(f"unknown {what} {str(name)!r}{near(str(name), options(head))}")
         prepared.append(text if is_choice or text[:1] in "+~" else f"++{text}")

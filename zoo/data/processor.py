@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -203,6 +203,8 @@ class PromptProcessor(_Base):
             ``instruction_ids`` [B, Tq] int64 and ``instruction_mask`` [B, Tq] bool.
         instruction_length: most ids of an instruction, start and end included; cut from the left.
     """
+
+    dialogues: ClassVar[bool] = True  # prompts may be several turns, about several images
 
     def __init__(
         self,

@@ -28,8 +28,7 @@ class Chat:
         Raises:
             ConfigError: The model reads no prompts, or the decoding cannot be shown token by token.
         """
-        asks = getattr(type(model.processor), "encode_prompts", None)
-        if not hasattr(model, "generate_ids") or asks is None or "images" not in inspect.signature(asks).parameters:
+        if not hasattr(model, "generate_ids") or not getattr(model.processor, "dialogues", False):
             raise ConfigError(
                 f"{type(model).__name__} holds no dialogues: take a model that bridges to a language model, e.g. llava"
             )

@@ -109,9 +109,11 @@ def train(argv: Sequence[str]) -> list[Outcome]:
 
 def to_tune(plain: Mapping[str, Any]) -> TuneConfig | None:
     """The learning-rate search that a composed job asks for; None where it asks for none."""
-    if not plain.get("tune"):
+    values = dict(plain.get("tune") or {})
+    if values and "factors" not in values:
+        raise ConfigError("tune has no factors: choose tune=lr3, and tune.factors=[0.3,1,3] for others")
+    if not values.get("factors"):
         return None
-    values = dict(plain["tune"])
     if "metric" not in values:
         raise ConfigError("tune needs tune.metric=TASK/METRIC: what decides on validation data")
     tune: TuneConfig = parse(TuneConfig, values, "tune")
