@@ -228,7 +228,7 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with quiet_lightning():
-            trainer.save_checkpoint(partial, weights_only=False)  # "False" = with the optimizer's state
+            trainer.save_checkpoint(partial)  # with the optimizer's state
         if trainer.is_global_zero:
             os.replace(partial, path)
     except (OSError, RuntimeError) as error:

@@ -60,7 +60,7 @@ class _Base:
         self._cached = lru_cache(maxsize=65536)(self._encode_one)
 
     def _encode_one(self, *key: Any) -> Any:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no _encode_one")
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_cached"}

@@ -142,7 +142,7 @@ class SourceConfig:
 
     def open(self, image_size: int | None) -> Source:
         """Open the source itself, before wrapping."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no open")
 
 
 class BlankImages:

@@ -89,7 +89,7 @@ class TokenizerConfig:
 
     def build(self, folder: Path | None = None) -> TextTokenizer:
         """Make the tokenizer; with ``folder`` from the files saved there, else from its own source."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no build")
 
 
 # -- byte-level BPE ----------------------------------------------------------------------------------------------------
