@@ -23,9 +23,14 @@ SIZE_FIELDS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class PartConfig:
-    """Base of the typed configuration of a part; the class lives beside the module it builds."""
+    """Base of the typed configuration of a part; the class lives beside the module it builds.
+
+    Attributes:
+        scale_settles: Fields beside the standard sizes that a ``scaled`` of the class's own may change.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    scale_settles: ClassVar[frozenset[str]] = frozenset()
 
     def scaled(self, sizes: Mapping[str, Any]) -> Self:
         """The same part with the standard size fields it has replaced by those of ``sizes``."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.adapters import AdapterFields, add_adapters
-from zoo.decoders.base import Decoder, DecoderConfig
-from zoo.layout import ALL, PAST, Layout, Segment, TokenBatch, lay_out
-from zoo.nn import KVCache, TokenEmbedding, Trunk, TrunkConfig
+from zoo.decoders.base import DecoderConfig
+from zoo.decoders.trunk_lm import TrunkLM
+from zoo.layout import ALL, PAST, Layout, Segment, lay_out
+from zoo.nn import TrunkConfig
 
 SOP = {130528: 130004}
 """Size of a published vocabulary -> its start-of-piece id, which its tokenizer calls BOS."""
@@ -99,45 +99,23 @@ class GLMConfig(AdapterFields, DecoderConfig):
         return GLMLM(self)
 
 
-class GLMLM(Decoder):
+class GLMLM(TrunkLM):
     """``embedding``, ``trunk`` and, untied, ``lm_head``."""
 
     def __init__(self, config: GLMConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.width = config.width
-        self.vocab_size = config.vocab_size
-        self.context_length = config.context_length
-        self.embedding = TokenEmbedding(config.vocab_size, config.width)
-        self.trunk = Trunk(config.trunk())
-        self.lm_head = None if config.tie else nn.Linear(config.width, config.vocab_size, bias=False)
+        super().__init__(config)
         add_adapters(self, config.adapters())
 
     @cached_property
     def sop_id(self) -> int:
         """The id that starts an answer; looks at the tokenizer where the configuration does not say it."""
         if self.config.sop_id >= 0:
-            return self.config.sop_id
+            return int(self.config.sop_id)
         if self.vocab_size in SOP:
             return SOP[self.vocab_size]
         from zoo.data.text import named_tokenizer
 
         return named_tokenizer(self.config.tokenizer).bos_id
-
-    def embed(self, ids: Tensor) -> Tensor:
-        embeds: Tensor = self.embedding(ids)
-        return embeds
-
-    def forward(self, batch: TokenBatch, cache: Any = None) -> Tensor:
-        hidden = self.trunk(batch.embeds, batch.layout, cache=cache)
-        assert isinstance(hidden, Tensor)
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        if self.lm_head is None:
-            return nn.functional.linear(hidden, self.embedding.tokens.weight)
-        logits: Tensor = self.lm_head(hidden)
-        return logits
 
     def arrange(self, layout: Layout, ids: Tensor, slots: Tensor) -> Layout:
         """Prefix and answer: what stands before the first sop reads all of itself, sop and the answer are causal.
@@ -175,11 +153,3 @@ class GLMLM(Decoder):
         names = [segment.name for segment in prefix]
         full = [Segment(s.name, s.length, s.modality, "full") for s in prefix]
         return lay_out([*full, answer], relation={(a, b): "all" for a in names for b in names})
-
-    def new_cache(self) -> KVCache:
-        return KVCache()
-
-    def select_cache(self, cache: Any, index: Tensor) -> Any:
-        """The cache of the batch rows ``index`` [N]; repeats allowed. ``cache`` must not be used afterwards."""
-        cache.reorder(index)
-        return cache

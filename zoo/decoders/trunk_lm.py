@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -82,12 +82,26 @@ class TrunkLMConfig(DecoderConfig):
         return TrunkLM(self)
 
 
+class OnTrunk(Protocol):
+    """What a configuration must say for a language model on the trunk."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def tie(self) -> bool: ...
+    def trunk(self) -> TrunkConfig: ...
+
+
 class TrunkLM(Decoder):
     """``embedding``, ``trunk`` and, untied, ``lm_head``."""
 
-    def __init__(self, config: TrunkLMConfig) -> None:
+    def __init__(self, config: OnTrunk) -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.width = config.width
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length

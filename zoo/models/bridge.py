@@ -56,6 +56,7 @@ class BridgeConfig(WiringConfig):
 
     slots: ClassVar[tuple[str, ...]] = ("encoder", "connector", "decoder")
     per_stage: ClassVar[frozenset[str]] = frozenset({"template", "prompt", "preamble", "augment"})
+    scale_settles: ClassVar[frozenset[str]] = frozenset({"preamble"})
 
     template: str = "plain"
     prompt: str = ""
