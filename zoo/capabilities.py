@@ -122,6 +122,97 @@ class ReconstructImages(Protocol):
         ...
 
 
+@runtime_checkable
+class GenerateImages(Protocol):
+    """Draws images from texts."""
+
+    def generate_images(
+        self, texts: Sequence[str], *, seed: int = 0, steps: int | None = None, guidance: float | None = None
+    ) -> Tensor:
+        """Return [N, 3, H, W] float32 in [0, 1], one image a text; H and W are the model's own.
+
+        Row n draws from ``zoo.sampling.text.streams(seed, n, 1)`` alone: the same call gives the same images, row n
+        does not depend on the other rows, and no global random state is read or moved.
+
+        Args:
+            steps: forward passes over an image (of masked decoding, denoising, an ODE); None takes the model's own. A
+                model that decodes token by token has no such number and refuses one.
+            guidance: classifier-free guidance weight, on the scale of the model's own paper; None takes the model's.
+
+        Raises:
+            ConfigError: a text that does not fit, or a value out of range; nothing was computed by then.
+        """
+        ...
+
+
+@runtime_checkable
+class InpaintImages(Protocol):
+    """Draws a part of images anew."""
+
+    def inpaint_images(
+        self,
+        images: Sequence[ImageLike],
+        masks: Tensor,
+        texts: Sequence[str],
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Return [N, 3, H, W] float32 in [0, 1]; seeds, steps and guidance as in ``generate_images``.
+
+        Args:
+            images: prepared as the model is shown them (resized, cropped) to H x W.
+            masks: [N, H, W] bool, True = draw anew; of the size of the images that the model draws. What a patch shows
+                in one such pixel is drawn anew as a whole.
+
+        Raises:
+            ConfigError: masks of another size, number or dtype.
+        """
+        ...
+
+
+@runtime_checkable
+class EditImages(Protocol):
+    """Changes images as an instruction says."""
+
+    def edit_images(
+        self,
+        images: Sequence[ImageLike],
+        instructions: Sequence[str],
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Return [N, 3, H, W] float32 in [0, 1]; seeds, steps and guidance as in ``generate_images``."""
+        ...
+
+
+@runtime_checkable
+class GenerateInterleaved(Protocol):
+    """Continues a sequence of texts and images with texts and images."""
+
+    def generate_interleaved(
+        self,
+        prompts: Sequence[Sequence[ImageLike]],
+        *,
+        max_images: int = 4,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> list[list[str | Tensor]]:
+        """Return, for each prompt, what follows it: texts, and images [3, H, W] float32 in [0, 1], in their order.
+
+        Args:
+            prompts: each a sequence of texts (``str``) and images (PIL, or ``Path``: a ``str`` is always a text).
+            max_images: images drawn for a prompt, at most.
+            max_new_tokens: of text for a prompt, at most, over all its texts.
+        """
+        ...
+
+
 CAPABILITIES: dict[str, type] = {
     "embed_images": EmbedImages,
     "embed_texts": EmbedTexts,
@@ -132,6 +223,10 @@ CAPABILITIES: dict[str, type] = {
     "classify": Classify,
     "image_codes": EncodeImages,
     "reconstruct_images": ReconstructImages,
+    "generate_images": GenerateImages,
+    "inpaint_images": InpaintImages,
+    "edit_images": EditImages,
+    "generate_interleaved": GenerateInterleaved,
 }
 """Capability name (its method's name) -> Protocol."""
 

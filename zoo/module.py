@@ -262,8 +262,8 @@ FORWARDED = frozenset(
     {
         "embed_images", "embed_texts", "embed", "match", "match_pairs", "match_logits", "grounding", "generate_text",
         "score_text", "score_candidates",
-        "generate_images",
-        "inpaint", "segment", "generate_interleaved", "image_features", "text_features", "text_logits", "token_logits",
+        "generate_images", "inpaint_images", "edit_images", "generate_interleaved",
+        "segment", "image_features", "text_features", "text_logits", "token_logits",
         "classify", "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",
     }
 )  # fmt: skip

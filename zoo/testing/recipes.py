@@ -126,12 +126,35 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
         "classify": lambda rows: module.classify(images[rows], TEXTS[rows]),
         "image_codes": lambda rows: module.image_codes(images[rows]),
         "reconstruct_images": lambda rows: module.reconstruct_images(images[rows]),
-    }
+        "generate_images": lambda rows: module.generate_images(TEXTS[rows], seed=3),
+        "inpaint_images": lambda rows: module.inpaint_images(images[rows], masks()[rows], TEXTS[rows], seed=3),
+        "edit_images": lambda rows: module.edit_images(images[rows], TEXTS[rows], seed=3),
+        "generate_interleaved": lambda rows: module.generate_interleaved(
+            [[text, image] for text, image in zip(TEXTS[rows], images[rows], strict=True)],
+            max_images=1, max_new_tokens=4, seed=3,
+        ),
+    }  # fmt: skip
+    drawn: dict[str, Any] = {}
+
+    def masks() -> Tensor:
+        """[3, H, W] bool: the left half is drawn anew."""
+        expect("generate_images" in drawn, f"{what}: it offers inpaint_images without generate_images")
+        size = tuple(drawn["generate_images"].shape[-2:])
+        mask = torch.zeros(3, *size, dtype=torch.bool)
+        mask[:, :, : size[1] // 2] = True
+        return mask
+
     module.train()
     for name in offered:
+        before = torch.get_rng_state()
         together, alone = calls[name](slice(None)), calls[name](slice(0, 1))
+        drawn[name] = together
         expect(module.training, f"{what}: {name} does not restore the training mode")
         expect(len(together) == 3, f"{what}: {name} returns {len(together)} rows for 3 inputs")
+        if name in DRAWING:
+            expect(torch.equal(before, torch.get_rng_state()), f"{what}: {name} moves the global random state")
+            _check_drawn(together, alone, calls[name](slice(None)), f"{what}: {name}")
+            continue
         if isinstance(together, list):
             expect(together[:1] == alone, f"{what}: {name}: row 0 depends on what shares its batch")
             continue
@@ -148,6 +171,53 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
             diagonal = module.score_candidates(images, [TEXTS] * 3).diagonal()
             close(diagonal, scores, f"{what}: score_candidates differs from score_text")
     module.eval()
+
+
+DRAWING = ("generate_images", "inpaint_images", "edit_images", "generate_interleaved")
+"""Capabilities that draw images from random numbers of their own."""
+
+
+def _check_drawn(together: Any, alone: Any, again: Any, what: str) -> None:
+    """Shapes and range of drawn images; the same seed draws the same, whatever shares the batch."""
+    import torch
+
+    if not isinstance(together, torch.Tensor):  # lists of texts and images
+        _check_interleaved(together, alone, again, what)
+        return
+    expect(
+        together.ndim == 4 and together.shape[1] == 3 and together.dtype == torch.float32,
+        f"{what} returns {together.dtype} {tuple(together.shape)}, no float32 [N, 3, H, W]",
+    )
+    _check_range(together, what)
+    expect(torch.equal(together, again), f"{what} draws something else from the same seed")
+    close(together[:1], alone, f"{what}: row 0 depends on what shares its batch")
+
+
+def _check_interleaved(together: Any, alone: Any, again: Any, what: str) -> None:
+    import torch
+
+    for row, pieces in enumerate(together):
+        for piece in pieces:
+            if isinstance(piece, torch.Tensor):
+                expect(piece.ndim == 3 and len(piece) == 3, f"{what} returns an image of shape {tuple(piece.shape)}")
+                _check_range(piece, what)
+            else:
+                expect(isinstance(piece, str), f"{what} returns a {type(piece).__name__} among texts and images")
+        for other, reason in ((again, "differs from the same seed"), (alone, "depends on what shares its batch")):
+            if row >= len(other):
+                continue
+            expect([type(p) for p in pieces] == [type(p) for p in other[row]], f"{what}: row {row} {reason}")
+            for a, b in zip(pieces, other[row], strict=True):
+                if isinstance(a, str):
+                    expect(a == b, f"{what}: row {row} {reason}: {a!r} and {b!r}")
+                else:
+                    close(a, b, f"{what}: row {row} {reason}")
+
+
+def _check_range(images: Tensor, what: str) -> None:
+    expect(not images.requires_grad, f"{what} returns a tensor with a graph")
+    inside = bool(((images >= 0) & (images <= 1)).all())  # also false for nan
+    expect(inside, f"{what}: values {float(images.min()):.2g} to {float(images.max()):.2g}, not within 0 and 1")
 
 
 def check_published(model: str, *, choices: Mapping[str, Any] | None = None) -> None:
