@@ -74,6 +74,11 @@ class Decoder(nn.Module):
         """The cache with the rows ``index`` [B'] (long) in that order: candidates of one image, beams."""
         raise TypeError(f"{type(self).__name__} cannot select rows of a cache")
 
+    def cut_cache(self, cache: Any, length: int) -> Any:
+        """The cache of the first ``length`` tokens: an image's rows are forgotten after every step of drawing it.
+        ``cache`` must not be used afterwards."""
+        raise TypeError(f"{type(self).__name__} cannot cut a cache")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(PartConfig):

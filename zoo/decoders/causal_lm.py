@@ -272,3 +272,9 @@ class CausalLM(Decoder):
         """The cache of the batch rows ``index`` [N]; repeats allowed. ``cache`` must not be used afterwards."""
         cache.batch_select_indices(index)
         return cache
+
+    def cut_cache(self, cache: Any, length: int) -> Any:
+        """The cache of the first ``length`` tokens."""
+        if (surplus := cache.get_seq_length() - length) > 0:
+            cache.crop(-surplus)  # a positive number is refused by newer versions
+        return cache

@@ -131,3 +131,8 @@ class TrunkLM(Decoder):
         """The cache of the batch rows ``index`` [N]; repeats allowed. ``cache`` must not be used afterwards."""
         cache.reorder(index)
         return cache
+
+    def cut_cache(self, cache: Any, length: int) -> Any:
+        """The cache of the first ``length`` tokens."""
+        cache.truncate(length)
+        return cache
