@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from zoo.errors import ConfigError, DataError, near
@@ -25,8 +25,13 @@ log = logging.getLogger("zoo.data")
 class Sample:
     """One item: an image with one or more texts, or either alone.
 
-    ``meta`` may hold ``turns``: a sequence of (question, answer) pairs, which the prompt processor lays out as a
-    dialogue.
+    ``meta`` may hold
+
+    - ``images``: all images in order, where there are several; ``image`` is then the first (``images_of``);
+    - ``turns``: a sequence of (question, answer) pairs, which the prompt processor lays out as a dialogue;
+    - ``parts``: the sample as texts and images in one order: a tuple of ``str`` and of ``int``, the place of an image
+      in ``images``, each image once and ascending. ``given`` (int, 0 if absent) is how many leading parts a model is
+      given and never asked for. See :func:`parts_of` and :func:`interleaved`.
     """
 
     id: str
@@ -109,13 +114,15 @@ class BadSamples:
 class SourceConfig:
     """Base of the configurations of sources.
 
-    ``blank_images`` gives the text-only control of any source. ``shuffled_captions`` is the fraction of the training
+    ``blank_images`` gives the text-only control of any source. ``text_only`` takes the images away, so that the texts
+    are left to a language model. ``shuffled_captions`` is the fraction of the training
     samples that get each other's texts, ``trusted`` the fraction that never does and is marked so
     (``zoo.data.shuffled``).
     """
 
     kind: ClassVar[str] = ""
     blank_images: bool = False
+    text_only: bool = False
     shuffled_captions: float = 0.0
     trusted: float = 0.0
 
@@ -133,11 +140,15 @@ class SourceConfig:
                 f"data.shuffled_captions = {self.shuffled_captions}, data.trusted = {self.trusted}: expected fractions"
                 " between 0 and 1"
             )
+        if self.blank_images and self.text_only:
+            raise ConfigError("data.blank_images keeps images and data.text_only takes them away: set one of the two")
         source = self.open(image_size)
         if self.shuffled_captions or self.trusted:
             from zoo.data.shuffled import ShuffledCaptions
 
             source = ShuffledCaptions(source, self.shuffled_captions, self.trusted)
+        if self.text_only:
+            return TextOnly(source)
         return BlankImages(source) if self.blank_images else source
 
     def open(self, image_size: int | None) -> Source:
@@ -202,6 +213,94 @@ class BlankImages:
         if name.startswith("_") or name in ("source", "images", "text_sample"):
             raise AttributeError(name)
         return getattr(self.source, name)
+
+
+class TextOnly:
+    """Any source without its images: the texts for a language model. Ids and order are those of the wrapped source."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def version(self) -> str:
+        return f"{self.source.version}/text-only"
+
+    @property
+    def licence(self) -> str:
+        return self.source.licence
+
+    @property
+    def max_bad(self) -> int:
+        return self.source.max_bad
+
+    def ids(self, split: str) -> list[str]:
+        return self.source.ids(split)
+
+    def sample(self, id: str) -> Sample:
+        """Return the sample without images; of ``meta["parts"]`` the texts are left.
+
+        Raises:
+            BadSample: it has no text.
+        """
+        alone: Any = getattr(self.source, "text_sample", self.source.sample)
+        found: Sample = alone(id)
+        if not found.texts:
+            raise BadSample(id, "it has no text, and data.text_only leaves nothing else")
+        meta = {key: value for key, value in found.meta.items() if key != "images"}
+        if "parts" in meta:
+            meta["parts"] = tuple(part for part in meta["parts"] if isinstance(part, str))
+            meta["given"] = 0
+        return replace(found, image=None, meta=meta)
+
+    text_sample = sample
+
+    def __getattr__(self, name: str) -> Any:
+        # order, attributes, ... stay reachable; what is of the images is not (nor need they be rendered)
+        if name.startswith("_") or name in ("source", "images", "masks", "prepare", "image_stamp"):
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+def parts_of(sample: Sample) -> tuple[str | int, ...]:
+    """Return the sample as texts and places of images (``meta["parts"]``); else its one image before its first text.
+
+    Raises:
+        DataError: ``meta["parts"]`` holds something else, or not every image once and in order.
+    """
+    stored = sample.meta.get("parts")
+    if stored is None:
+        shown = (0,) if sample.image is not None or sample.meta.get("images") else ()
+        return (*shown, *sample.texts[:1])
+    parts = tuple(stored)
+    places = [part for part in parts if isinstance(part, int) and not isinstance(part, bool)]
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(places) + len(texts) != len(parts) or places != list(range(len(places))):
+        raise DataError(
+            f"sample {sample.id!r}: meta['parts'] must be texts and the places 0, 1, ... of its images in order"
+        )
+    given = sample.meta.get("given", 0)
+    if not isinstance(given, int) or not 0 <= given <= len(parts):
+        raise DataError(f"sample {sample.id!r}: meta['given'] = {given!r} must be from 0 to its {len(parts)} parts")
+    return parts
+
+
+def interleaved(sample: Sample) -> list[str | Image.Image]:
+    """Return :func:`parts_of` with the images themselves.
+
+    Raises:
+        DataError: the parts name another number of images than the sample has.
+    """
+    several = sample.meta.get("images")
+    images = list(several) if several else [] if sample.image is None else [sample.image]
+    parts = parts_of(sample)
+    named = sum(isinstance(part, int) for part in parts)
+    if named != len(images):
+        raise DataError(f"sample {sample.id!r}: its parts name {named} images, and it has {len(images)}")
+    return [images[part] if isinstance(part, int) else part for part in parts]
 
 
 def check_split(split: str) -> None:

@@ -117,7 +117,7 @@ class Scenes:
         files = _svg_files()
         shown = sorted({icon for named in things.values() for icon in named})
         self.renderer = Renderer(Sprites({icon: files[icon] for icon in shown}), size)
-        plain = {k: v for k, v in asdict(config).items() if k not in ("size", "blank_images", *_WRAPPERS)}
+        plain = {k: v for k, v in asdict(config).items() if k not in ("size", *_WRAPPERS)}
         self.version = f"{whole.version.split('/')[0]}/scenes{RULES}/{json.dumps(plain, sort_keys=True)}"
         self._forget()
 
@@ -246,7 +246,7 @@ def _owner(scene: Scene) -> str:
     return {0: "test", 1: "val"}.get(place, "train")
 
 
-_WRAPPERS = ("shuffled_captions", "trusted")
+_WRAPPERS = ("blank_images", "text_only", "shuffled_captions", "trusted")
 
 
 def compose(pool: IconPool, stream: Stream, objects: tuple[int, int], config: ScenesConfig) -> Scene:
