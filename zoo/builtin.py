@@ -10,6 +10,7 @@ from zoo.builtin_cogvlm import COGVLM
 from zoo.builtin_dialogue import DIALOGUE
 from zoo.builtin_glm import GLM
 from zoo.builtin_language import LANGUAGE
+from zoo.builtin_latents import LATENTS
 from zoo.builtin_scenes import SCENES
 from zoo.builtin_t5 import T5
 from zoo.plugin import Plugin
@@ -450,6 +451,7 @@ WIRED = (
     *EXPERTS,
     *MASKED_EXPERTS,
     *AUTOENCODER,
+    *LATENTS,
     *FUSION,
 )
 

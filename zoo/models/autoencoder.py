@@ -1,4 +1,4 @@
-"""An image tokenizer alone, trained to draw the image from its codes."""
+"""An image tokenizer alone, trained to draw the image from its codes (or latents: ``latent_autoencoder.py``)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from zoo.layout import Layout
 from zoo.models.base import Model
 from zoo.part import PartConfig, seeded
 from zoo.recipe import WiringConfig
-from zoo.tokenizers.base import ImageTokenizer, ImageTokenizerConfig
+from zoo.tokenizers.base import BaseTokenizer, BaseTokenizerConfig, ImageTokenizer, ImageTokenizerConfig
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
+    from zoo.tokenizers.base import LatentTokenizerConfig
     from zoo.tokenizers.processor import ImageProcessor
 
 CHUNK = 64
@@ -37,56 +38,41 @@ class AutoencoderConfig(WiringConfig):
 
     augment: str = "none"
 
-    def build(self, parts: Mapping[str, tuple[str, PartConfig]], seed: int) -> Autoencoder:
-        """Build the model, the tokenizer from its own stream of ``seed``.
+    def build(self, parts: Mapping[str, tuple[str, PartConfig]], seed: int) -> Drawing:
+        """Build the model, the tokenizer from its own stream of ``seed``: an ``Autoencoder``, or for a continuous
+        tokenizer a ``LatentAutoencoder``.
 
         Raises:
             ConfigError: A tokenizer that stores its codes: there is nothing to train.
         """
-        return Autoencoder(self, cast("ImageTokenizerConfig", parts["image_tokenizer"][1]), seed)
+        image_config = parts["image_tokenizer"][1]
+        if isinstance(image_config, ImageTokenizerConfig):
+            return Autoencoder(self, image_config, seed)
+        from zoo.models.latent_autoencoder import LatentAutoencoder
+
+        return LatentAutoencoder(self, cast("LatentTokenizerConfig", image_config), seed)
 
 
-class Autoencoder(Model):
-    """``image_tokenizer``: pixels to codes and back."""
+class Drawing(Model):
+    """``image_tokenizer``: pixels to codes or latents and back; what both kinds share."""
 
-    provides: ClassVar[frozenset[str]] = frozenset({"reconstruction", "commitment", "codes"})
+    image_tokenizer: BaseTokenizer
 
-    def __init__(self, config: AutoencoderConfig, image_config: ImageTokenizerConfig, seed: int) -> None:
+    def __init__(self, config: AutoencoderConfig, image_config: BaseTokenizerConfig, seed: int) -> None:
         super().__init__()
         self.config, self.image_config, self.seed = config, image_config, seed
         self._processor: ImageProcessor | None = None
         with seeded(seed, "image_tokenizer"):
-            self.image_tokenizer: ImageTokenizer = image_config.build()
-        if self.image_tokenizer.stored:
-            raise ConfigError("the image tokenizer stores its codes and learns nothing: choose image_tokenizer=vq")
-
-    # -- tensors ---------------------------------------------------------------------------------------------------
-
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode, quantise and draw ``pixel_values`` [B, 3, H, W].
-
-        Returns:
-            ``reconstruction`` [B, 3, H, W], ``codes`` [B, h, w] and ``commitment``, a scalar.
-        """
-        return reconstruct(self.image_tokenizer, batch["pixel_values"])
+            self.image_tokenizer = image_config.build()
 
     # -- capabilities ----------------------------------------------------------------------------------------------
 
-    @property
-    def codebook_size(self) -> int:
-        """Number of codes K."""
-        return self.image_tokenizer.codes
-
-    def image_codes(self, images: Sequence[ImageLike]) -> Tensor:
-        """The codes of images in row order: [N, h*w] int64, on the model's device."""
-        cells = self.image_config.grid[0] * self.image_config.grid[1]
-        return self._chunked(images, self.image_tokenizer.encode, (cells,), torch.long)
-
     def reconstruct_images(self, images: Sequence[ImageLike]) -> Tensor:
-        """What the tokenizer draws from the codes of images: [N, 3, H, W] float32 in [0, 1]."""
+        """What the tokenizer draws from the codes, or the mean latents, of images: [N, 3, H, W] float32 in [0, 1]."""
+        tokenizer: Any = self.image_tokenizer
 
         def draw(pixels: Tensor) -> Tensor:
-            return self._shown(self.image_tokenizer.decode(self.image_tokenizer.encode(pixels)))
+            return self._shown(tokenizer.decode(tokenizer.encode(pixels)))
 
         return self._chunked(images, draw, (3, self.image_config.image_size, self.image_config.image_size))
 
@@ -152,7 +138,46 @@ class Autoencoder(Model):
         return {"pixel_values": torch.zeros(batch_size, 3, size, size, dtype=like.dtype, device=like.device)}
 
 
+class Autoencoder(Drawing):
+    """``image_tokenizer``: pixels to codes and back."""
+
+    provides: ClassVar[frozenset[str]] = frozenset(
+        {"reconstruction", "codes", "commitment", "codebook_loss", "latents"}
+    )
+    image_tokenizer: ImageTokenizer
+
+    def __init__(self, config: AutoencoderConfig, image_config: ImageTokenizerConfig, seed: int) -> None:
+        super().__init__(config, image_config, seed)
+        if self.image_tokenizer.stored:
+            raise ConfigError("the image tokenizer stores its codes and learns nothing: choose image_tokenizer=vq")
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encode, quantise and draw ``pixel_values`` [B, 3, H, W].
+
+        Returns:
+            ``reconstruction`` [B, 3, H, W], ``codes`` [B, h, w], ``latents`` [B, h, w, C] (what was quantised, fp32),
+            and the scalars ``commitment`` and ``codebook_loss``.
+        """
+        return reconstruct(self.image_tokenizer, batch["pixel_values"])
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes K."""
+        return self.image_tokenizer.codes
+
+    def image_codes(self, images: Sequence[ImageLike]) -> Tensor:
+        """The codes of images in row order: [N, h*w] int64, on the model's device."""
+        cells = self.image_config.grid[0] * self.image_config.grid[1]
+        return self._chunked(images, self.image_tokenizer.encode, (cells,), torch.long)
+
+
 def reconstruct(tokenizer: Any, pixel_values: Tensor) -> dict[str, Tensor]:
     """What ``vq-reconstruction`` needs of a tokenizer and an image batch."""
     image, quantized = tokenizer(pixel_values)
-    return {"reconstruction": image, "codes": quantized.codes, "commitment": quantized.commitment}
+    return {
+        "reconstruction": image,
+        "codes": quantized.codes,
+        "latents": quantized.latents,
+        "commitment": quantized.commitment,
+        "codebook_loss": quantized.codebook_loss,
+    }

@@ -46,9 +46,9 @@ def base_of(kind: str) -> type[Any]:
 
         return SharedTrunkConfig
     if kind == "image_tokenizer":
-        from zoo.tokenizers.base import ImageTokenizerConfig
+        from zoo.tokenizers.base import BaseTokenizerConfig
 
-        return ImageTokenizerConfig
+        return BaseTokenizerConfig
     return {"objective": ObjectiveConfig, "wiring": WiringConfig}.get(kind, object)
 
 
