@@ -14,6 +14,7 @@ from zoo.builtin_latents import LATENTS
 from zoo.builtin_scenes import SCENES
 from zoo.builtin_t5 import T5
 from zoo.plugin import Plugin
+from zoo.builtin_transfusion import TRANSFUSION
 from zoo.registry import Component
 
 _VIT_L: dict[str, Any] = {"patch_size": 14, "width": 1024, "depth": 24, "heads": 16, "ffn": 4096}
@@ -454,5 +455,6 @@ WIRED = (
     *LATENTS,
     *FUSION,
 )
+    *TRANSFUSION,
 
 PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *DATA, *TASKS, *SCENES))

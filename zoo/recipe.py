@@ -170,11 +170,8 @@ class Recipe:
     def stage_optimizer(self, index: int) -> OptimizerConfig:
         """The optimizer of a stage, its own fields over the recipe's."""
         stage = self.stages[index]
-        config: OptimizerConfig = parse(
-            OptimizerConfig,
-            {**to_plain(self.optimizer), **stage.optimizer},
-            f"stages.{index}.optimizer",
-        )
+        values = {**to_plain(self.optimizer), **stage.optimizer}
+        config: OptimizerConfig = parse(OptimizerConfig, values, f"stages.{index}.optimizer")
         return config
 
     def stage_wiring(self, index: int) -> WiringConfig:
@@ -278,6 +275,7 @@ class _Plain:
     connector: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
     trunk: dict[str, Any] | None = None
+    patch_codec: dict[str, Any] | None = None
     image_tokenizer: dict[str, Any] | None = None
     objective: dict[str, dict[str, Any]]
     stages: list[dict[str, Any]]

@@ -16,7 +16,7 @@ from zoo.part import SIZE_FIELDS
 from zoo.plugin import catalogue
 from zoo.registry import parse, refuse_code
 
-SLOTS = ("encoder", "text_encoder", "connector", "decoder", "trunk", "image_tokenizer")
+SLOTS = ("encoder", "text_encoder", "connector", "decoder", "trunk", "patch_codec", "image_tokenizer")
 """The part kinds a recipe may fill, each a Hydra group of the same name."""
 
 _YAML_FLOAT, _YAML_DATE = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"

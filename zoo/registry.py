@@ -22,6 +22,7 @@ KINDS: dict[str, str] = {
     "connector": "turns tokens into tokens the decoder can read",
     "decoder": "turns tokens into text",
     "trunk": "turns images, text, or both at once into tokens",
+    "patch_codec": "turns noisy image latents into tokens, and a trunk's states into what is predicted of them",
     "image_tokenizer": "turns images into discrete codes and back",
     "objective": "a loss and what it reports",
     "tokenizer": "turns text into ids and back",

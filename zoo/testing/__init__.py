@@ -13,6 +13,7 @@ shows.
 
 from __future__ import annotations
 
+from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config
 from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
 from zoo.testing.plugins import check_component, check_light, check_plugin
@@ -27,6 +28,7 @@ __all__ = [
     "check_encoder",
     "check_light",
     "check_objective",
+    "check_patch_codec",
     "check_plugin",
     "check_published",
     "check_recipe",

@@ -45,6 +45,10 @@ def base_of(kind: str) -> type[Any]:
         from zoo.trunks.base import SharedTrunkConfig
 
         return SharedTrunkConfig
+    if kind == "patch_codec":
+        from zoo.patch_codecs.base import PatchCodecConfig
+
+        return PatchCodecConfig
     if kind == "image_tokenizer":
         from zoo.tokenizers.base import BaseTokenizerConfig
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from zoo.plugin import API, Plugin, catalogue, registered
+from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config, expect
 from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
 from zoo.testing.recipes import check_objective, check_published, check_recipe
@@ -22,6 +23,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "connector": check_connector,
     "decoder": check_decoder,
     "trunk": check_trunk,
+    "patch_codec": check_patch_codec,
     "objective": check_objective,
 }
 

@@ -1,0 +1,143 @@
+"""How latents are made noisy and what is predicted of them: DDPM on a schedule of 1,000 levels, or a straight path.
+
+DDPM is diffusers' ``DDPMScheduler``; times are its indices, 0 to 999, where the papers count 1 to 1,000. A path runs
+from noise at time 0 to data at time 1, as in flow matching (arXiv 2210.02747, and CondOT of facebookresearch's
+flow_matching); diffusers' flow schedulers count the other way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zoo.diffusion.times import LEVELS
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+
+SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class Process:
+    """Base of noising processes; they own no parameters and no state.
+
+    Attributes:
+        samplers: Names of the ways back (``zoo.sampling.diffusion``), the default first.
+    """
+
+    samplers: tuple[str, ...] = ()
+
+    def draw(self, limit: Tensor) -> Tensor:
+        """A time [N] for each image, from torch's global stream.
+
+        Args:
+            limit: [N] in (0, 1], the largest share of the noise levels that an image may get.
+        """
+        raise TypeError(f"{type(self).__name__} defines no draw")
+
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Latents [N, C, h, w] at the times [N]."""
+        raise TypeError(f"{type(self).__name__} defines no corrupt")
+
+    def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """What is to be predicted of them: [N, C, h, w]."""
+        raise TypeError(f"{type(self).__name__} defines no target")
+
+    def level(self, time: Tensor) -> Tensor:
+        """Times [N] as noise levels [N] of 0 (clean) to ``LEVELS``, as patch codecs take them."""
+        raise TypeError(f"{type(self).__name__} defines no level")
+
+
+@dataclass(frozen=True)
+class DDPM(Process):
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (arXiv 2006.11239, equation 4).
+
+    Attributes:
+        schedule: ``squaredcos_cap_v2`` (cosine, arXiv 2102.09672, betas capped at 0.999), ``linear`` (1e-4 to 0.02), or
+            ``scaled_linear`` (linear in the root, 0.00085 to 0.012, as Stable Diffusion).
+        prediction: ``epsilon``, ``v_prediction`` (sqrt(abar) eps - sqrt(1 - abar) x_0, arXiv 2202.00512) or ``sample``
+            (x_0).
+    """
+
+    schedule: str = "squaredcos_cap_v2"
+    prediction: str = "epsilon"
+
+    samplers = ("ddpm", "ddim")
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction = {self.prediction!r} must be one of {', '.join(PREDICTIONS)}")
+
+    def fields(self) -> dict[str, Any]:
+        """What diffusers' schedulers are made with; latents are never clipped."""
+        low, high = (0.00085, 0.012) if self.schedule == "scaled_linear" else (1e-4, 0.02)
+        return {
+            "num_train_timesteps": LEVELS,
+            "beta_schedule": self.schedule,
+            "beta_start": low,
+            "beta_end": high,
+            "prediction_type": self.prediction,
+            "clip_sample": False,
+        }
+
+    @cached_property
+    def scheduler(self) -> DDPMScheduler:
+        """diffusers' scheduler of all levels; importing diffusers takes a second."""
+        from diffusers import DDPMScheduler
+
+        with torch.device("cpu"):  # also while the shapes of a model are looked at on "meta"
+            return DDPMScheduler(**self.fields())
+
+    def draw(self, limit: Tensor) -> Tensor:
+        return (torch.rand_like(limit) * limit * LEVELS).long().clamp(max=LEVELS - 1)
+
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        noisy: Tensor = self._alone(clean).add_noise(clean, noise, time)
+        return noisy
+
+    def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return clean
+        velocity: Tensor = self._alone(clean).get_velocity(clean, noise, time)
+        return velocity
+
+    def level(self, time: Tensor) -> Tensor:
+        return time.float()
+
+    def _alone(self, like: Tensor) -> DDPMScheduler:
+        """The scheduler, or where ``like`` has no values one of its own: diffusers moves its table to the input's
+        device and leaves it there."""
+        if not like.is_meta:
+            return self.scheduler
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler(**self.fields())
+
+
+@dataclass(frozen=True)
+class Flow(Process):
+    """x_t = (1 - t) eps + t x_0, of which the velocity x_0 - eps is predicted (arXiv 2210.02747, section 4.1)."""
+
+    samplers = ("midpoint", "euler", "rk45")
+
+    def draw(self, limit: Tensor) -> Tensor:
+        return 1 - torch.rand_like(limit) * limit
+
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        share = time.to(clean.dtype)[:, None, None, None]  # [N, 1, 1, 1]
+        return (1 - share) * noise + share * clean
+
+    def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        return clean - noise
+
+    def level(self, time: Tensor) -> Tensor:
+        return (1 - time) * LEVELS

@@ -1,0 +1,1 @@
+"""What stands between continuous image latents and the vectors of a sequence."""
