@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -147,3 +148,41 @@ class Prefix:
                 f"the sequence would have {length} tokens, image tokens included, and the decoder reads {room}:"
                 " shorten the prompt or give the decoder a longer context_length"
             )
+
+
+class Branches:
+    """Several prefixes of one row each, of any length, drawn from as the rows of one batch: the branches of guidance
+    where one of them is a long history and the others are short. Has what ``decode_codes`` asks of a ``Prefix``."""
+
+    def __init__(self, branches: Sequence[tuple[Prefix, str | int]]) -> None:
+        """Join prefixes, each with the segment of its layout that the image belongs to."""
+        self._branches = list(branches)
+
+    @property
+    def batch(self) -> int:
+        """Rows, one a branch."""
+        return len(self._branches)
+
+    @property
+    def hidden(self) -> Tensor:
+        """``[branches, D]``, the last rows' states."""
+        return torch.cat([prefix.hidden for prefix, _ in self._branches])
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with the branches ``rows`` ``[N]``."""
+        self._branches = [self._branches[row] for row in rows.tolist()]
+
+    def block(
+        self,
+        embeds: Tensor,
+        segment: str | int = "",
+        keep: bool = False,
+        *,
+        position: Tensor | None = None,
+        modality: int | None = None,
+    ) -> Tensor:
+        """Forward ``[branches, n, D]``, each row behind its own prefix; ``segment`` is not read."""
+        rows = zip(self._branches, torch.split(embeds, 1), strict=True)
+        return torch.cat(
+            [prefix.block(row, own, keep, position=position, modality=modality) for (prefix, own), row in rows]
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ConfigError
-from zoo.sampling.block import Prefix
+from zoo.sampling.block import Branches, Prefix
 from zoo.sampling.guidance import drawn, mixed, raced, weights
 
 
@@ -102,7 +102,7 @@ def probabilities(logits: Tensor, decoding: CodeDecoding) -> Tensor:
 
 @torch.inference_mode()
 def decode_codes(
-    prefix: Prefix,
+    prefix: Prefix | Branches,
     count: int,
     embed: Callable[[Tensor], Tensor],
     logits: Callable[[Tensor], Tensor],
