@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.tokenizers.base import ImageTokenizer, ImageTokenizerConfig
-from zoo.tokenizers.quantizer import Quantized, Quantizer
+from zoo.tokenizers.convolutional import as_grid
+from zoo.tokenizers.entropy import Entropies
+from zoo.tokenizers.quantizer import Quantized, Quantizer, table_entropies
 
 FOLD = 4
 """Least side of the squares of pixels that are folded into channels before the first convolution."""
@@ -115,10 +117,19 @@ class VQTokenizer(ImageTokenizer):
         codes: Tensor = self.quantizer.nearest(F.normalize(self._vectors(pixel_values).float(), dim=-1))
         return codes.flatten(1)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """The images of codes [B, h*w]: [B, 3, H, W] in the input's normalisation."""
-        vectors = F.embedding(codes.view(-1, *self.grid), self.quantizer.codebook)  # [B, h, w, C]
+    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The images of codes [B, h*w]: [B, 3, H, W] in the input's normalisation.
+
+        Args:
+            grid: Height and width of the code grid; None = the configured one, or a square of as many codes.
+        """
+        placed = as_grid(codes, grid or self.grid, self.codes, square=grid is None)
+        vectors = F.embedding(placed, self.quantizer.codebook)  # [B, h, w, C]
         return self._draw(vectors.to(next(self.decoder.parameters()).dtype))
+
+    def entropies(self, latents: Tensor, temperature: float, over: str = "codes", floor: str = "add") -> Entropies:
+        """See ``Quantizer.entropies``."""
+        return table_entropies(self.quantizer, latents, temperature, over, floor)
 
 
 class Residual(nn.Module):
