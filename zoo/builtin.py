@@ -9,12 +9,14 @@ from zoo.builtin_coca import COCA
 from zoo.builtin_cogvlm import COGVLM
 from zoo.builtin_dialogue import DIALOGUE
 from zoo.builtin_glm import GLM
+from zoo.builtin_image_tokenizers import DISCRETE_TOKENIZERS
 from zoo.builtin_language import LANGUAGE
 from zoo.builtin_latents import LATENTS
+from zoo.builtin_llamagen import LLAMAGEN
 from zoo.builtin_scenes import SCENES
 from zoo.builtin_t5 import T5
-from zoo.plugin import Plugin
 from zoo.builtin_transfusion import TRANSFUSION
+from zoo.plugin import Plugin
 from zoo.registry import Component
 
 _VIT_L: dict[str, Any] = {"patch_size": 14, "width": 1024, "depth": 24, "heads": 16, "ffn": 4096}
@@ -452,9 +454,10 @@ WIRED = (
     *EXPERTS,
     *MASKED_EXPERTS,
     *AUTOENCODER,
+    *DISCRETE_TOKENIZERS,
     *LATENTS,
     *FUSION,
-)
     *TRANSFUSION,
+)
 
-PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *DATA, *TASKS, *SCENES))
+PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *TASKS, *SCENES))
