@@ -1,12 +1,14 @@
 """The frozen-feature cache of one run: whether it may be used, filling it, and checking it against the encoder.
 
-``trainer.cache_features=true`` makes a run read its frozen encoder's tokens from ``zoo.data.feature_cache``. What the
+``trainer.cache_features=true`` makes a run read its frozen encoder's tokens, or its frozen image tokenizer's codes or
+latents, from ``zoo.data.feature_cache``. What the
 run learns is what it learns without (``cache_dtype=float16`` rounds the tokens and is part of the run's hash);
 evaluation reads pixels as always.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +20,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from zoo.data.feature_cache import GB, CachedFeatures, FeatureStore, weights_hash
+from zoo.data.feature_cache import GB, CachedFeatures, FeatureStore, image_transform, weights_hash
 from zoo.data.processor import images_of
 from zoo.data.sample import ArraySource, BadSample, BadSamples, Sample, Source
 from zoo.errors import ConfigError, DataError
-from zoo.models.base import square_grid
+from zoo.models.base import Model, square_grid
 from zoo.part import Features
 from zoo.registry import to_plain
 
@@ -37,6 +39,9 @@ CHECKED = 4
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Stored dtype -> largest difference from recomputed tokens, as a share of the image's largest value (at least 1).
 Rounding depends on how many images are encoded at once; in fp32 it moves a token by about 1e-6."""
+
+CODES_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Precision -> largest share of codes that may differ from recomputed ones: rounding flips what lies between two."""
 
 BATCH = 32
 """Images encoded at once while filling."""
@@ -87,20 +92,23 @@ def check_cacheable(config: RunConfig, module: ZooModule | None = None) -> None:
         with torch.device("meta"):
             module = build_module(recipe, config.seed)
     off = "leave trainer.cache_features off"
-    if not module.model.reads_image_tokens:
+    slot = cached_slot(module.model)
+    if not slot:
         raise ConfigError(
             f"{recipe.name}: wiring {recipe.wiring[0]!r} reads more of its encoder than the tokens a cache keeps: {off}"
         )
+    if getattr(getattr(module.model, slot), "stored", False):
+        raise ConfigError(f"{recipe.name}: its image tokenizer stores its codes, so nothing is computed: {off}")
     now = module.stage
     for index, stage in enumerate(recipe.stages):
         module.set_stage(index)
-        encoder: Any = module.model.encoder
+        encoder: Any = getattr(module.model, slot)
         trains = any(p.requires_grad for p in encoder.parameters())
         module.set_stage(now)
         if trains:
             raise ConfigError(
-                f"{recipe.name}: the encoder learns in stage {stage.name!r}, so that its features change: {off}, or"
-                " keep the encoder out of every stage's train"
+                f"{recipe.name}: the {slot} learns in stage {stage.name!r}, so that its features change: {off}, or"
+                f" keep the {slot} out of every stage's train"
             )
         augment = getattr(recipe.stage_wiring(index), "augment", "none")
         if augment != "none":
@@ -146,31 +154,30 @@ class _Filler:
     def __init__(self, config: RunConfig, module: ZooModule, source: Source) -> None:
         self.config = config
         self.source = source
-        self.encoder: Any = cast("Any", module.model.encoder)
-        self.transform: ImageTransform = module.processor.transform
+        self.model = module.model
+        self.slot = cached_slot(module.model)
+        self.encoder: Any = cast("Any", getattr(module.model, self.slot))
+        self.transform: ImageTransform = image_transform(module.processor)
         if self.transform.augment != "none":
             raise ConfigError(f"{config.recipe.name}: its images are augmented: leave trainer.cache_features off")
         self.device = fill_device(config.trainer.accelerator)
         self.home = next(self.encoder.parameters()).device
+        self.name = row_name(self.model)
         self.weights = weights_hash(self.encoder)
         self.training: bool = self.encoder.training
         self.encoder.to(self.device).eval()
         self.bad = BadSamples(source.name, source.max_bad)
         self.computed = 0
         size = self.transform.size
-        probe = self._features(torch.zeros(1, 3, size, size))
-        tokens, width = probe.tokens.shape[1:]
-        if probe.mask is not None or (probe.grid is not None and probe.grid != square_grid(tokens)):
-            raise ConfigError(
-                f"encoder {config.recipe.parts['encoder'][0]!r} returns a mask or a grid that is not square, which"
-                " cached features do not have: leave trainer.cache_features off"
-            )
-        computed = probe.tokens.dtype
+        probe = self._rows(torch.zeros(1, 3, size, size))
+        computed = probe.dtype
         stored = torch.float16 if config.trainer.cache_dtype == "float16" else computed
-        self.store = FeatureStore(cache_root(config), self._about(), (tokens, width), stored)
+        if self.name == "image_codes":
+            stored = torch.int16 if self.encoder.codes <= torch.iinfo(torch.int16).max + 1 else torch.int32
+        self.store = FeatureStore(cache_root(config), self._about(), tuple(probe.shape[1:]), stored)
         self.drawn = sum(config.stage_steps()) * config.batch_size
         stamp = getattr(source, "image_stamp", None)
-        self.features = CachedFeatures(self.store, computed, stamp, self.drawn)
+        self.features = CachedFeatures(self.store, computed, stamp, self.drawn, self.name)
 
     def close(self) -> None:
         self.encoder.to(self.home)
@@ -181,7 +188,7 @@ class _Filler:
         from zoo.data.shuffled import ShuffledCaptions
         from zoo.plugin import catalogue
 
-        name, part = self.config.recipe.parts["encoder"]
+        name, part = self.config.recipe.parts[self.slot]
         values = {k: v for k, v in self.config.data.items() if k != "name"}
         data = to_plain(catalogue()["data"].parse(self.config.data["name"], values, "data"))
         source: Any = self.source
@@ -189,7 +196,7 @@ class _Filler:
             source = source.source
         return {
             "format": 1,
-            "encoder": {"name": name, "config": to_plain(part), "weights": self.weights},
+            self.slot: {"name": name, "config": to_plain(part), "weights": self.weights},
             "transform": {k: v for k, v in asdict(self.transform).items() if k in TRANSFORM},
             "source": {"name": source.name, "version": source.version},
             "data": {k: v for k, v in data.items() if k not in ("shuffled_captions", "trusted")},
@@ -229,7 +236,7 @@ class _Filler:
                 for keys, pixels, samples in self._images(missing):
                     if keys:
                         self.store.reserve(len(keys), limit)
-                        self.store.append(keys, self._features(pixels).tokens)
+                        self.store.append(keys, self._rows(pixels))
                     self.computed += len(keys)
                     done += samples
                     tell("features", done)
@@ -255,14 +262,19 @@ class _Filler:
             rows = [self.store.row(key) for key in keys]
             if None in rows or not rows:
                 continue
-            cached = self.store.read([row for row in rows if row is not None]).double()
-            fresh = self._features(pixels).tokens.cpu().double()  # [N, n, D]
-            scale = fresh.abs().amax((1, 2)).clamp(min=1)  # [N]
-            worst = float(((cached - fresh).abs().amax((1, 2)) / scale).max())
-            if not worst <= TOLERANCE[self.store.dtype]:
+            cached = self.store.read([row for row in rows if row is not None])
+            fresh = self._rows(pixels).cpu()  # [N, ...]
+            if self.name == "image_codes":
+                worst, of = float((cached != fresh).float().mean()), "as a share of all codes"
+                limit = CODES_TOLERANCE[self.precision]
+            else:
+                scale = fresh.double().flatten(1).abs().amax(1).clamp(min=1)  # [N]
+                worst = float(((cached.double() - fresh.double()).flatten(1).abs().amax(1) / scale).max())
+                limit, of = max(TOLERANCE[self.store.dtype], TOLERANCE[self.precision]), "of their largest value"
+            if not worst <= limit:
                 raise DataError(
-                    f"the cached features in {self.store.folder} are stale: recomputed ones differ by {worst:.2g} of"
-                    " their largest value (images or libraries have changed): delete that folder and run again"
+                    f"the cached features in {self.store.folder} are stale: recomputed ones differ by {worst:.2g} {of}"
+                    " (images or libraries have changed): delete that folder and run again"
                 )
 
     def _images(self, ids: Sequence[str]) -> Iterator[tuple[list[bytes], Tensor, int]]:
@@ -283,7 +295,7 @@ class _Filler:
                     own = images_of(sample)
                     keys += [self.features.key(id, place) for place in reversed(range(len(own)))]
                     images += reversed(own)
-            yield keys, self.transform(images), len(part)
+            yield keys, self.transform(images) if images else torch.empty(0), len(part)
 
     def _pixels(self, source: ArraySource, ids: Sequence[str]) -> Tensor:
         pixels = source.images(ids)  # [N, H, W, 3]
@@ -300,15 +312,69 @@ class _Filler:
             self.bad.add(error.id, error.reason)
             return None
 
-    def _features(self, pixels: Tensor) -> Features:
+    def _rows(self, pixels: Tensor) -> Tensor:
+        """What the cache keeps of images [N, 3, S, S]: tokens [N, n, D], codes [N, n] or latents [N, C or 2C, h, w].
+
+        Raises:
+            ConfigError: An encoder that returns more than its tokens.
+        """
         with torch.no_grad(), self._autocast():
-            features: Features = self.encoder(pixels.to(self.device))
-        return features
+            made: Any
+            if self.slot == "image_tokenizer":
+                part = self.encoder.statistics if self.name != "image_codes" else self.encoder.encode
+                made = part(pixels.to(self.device))
+                if self.name == "image_latents" and not self.model.draws_latents:
+                    made = self.encoder.drawn(made)
+                return cast("Tensor", made)
+            made = self.encoder(pixels.to(self.device))
+        features = cast("Features", made)
+        if features.mask is not None or features.grid not in (None, square_grid(features.tokens.shape[1])):
+            raise ConfigError(
+                f"encoder {self.config.recipe.parts['encoder'][0]!r} returns a mask or a grid that is not square, which"
+                " cached features do not have: leave trainer.cache_features off"
+            )
+        return features.tokens
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the run computes in."""
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return dtypes.get(self.config.trainer.precision, torch.float32)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes.get(self.config.trainer.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+
+def cached_slot(model: Model) -> str:
+    """The slot whose outputs a cache may keep for a model: ``encoder``, ``image_tokenizer``, or none."""
+    if model.reads_image_tokens:
+        return "encoder"
+    return "image_tokenizer" if model.reads_image_codes else ""
+
+
+def row_name(model: Model) -> str:
+    """What a batch of cached rows calls them: ``image_tokens``, ``image_codes`` or ``image_latents``."""
+    if model.reads_image_tokens:
+        return "image_tokens"
+    tokenizer: Any = model.image_tokenizer
+    return "image_codes" if tokenizer.discrete else "image_latents"
+
+
+def without_pixels(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of the right shapes with zeros for cached rows in place of ``pixel_values``, for counting FLOPs."""
+    other = dict(batch)
+    pixels = other.pop("pixel_values")
+    part: Any = getattr(model, cached_slot(model))
+    name = row_name(model)
+    if name == "image_tokens":
+        other[name] = pixels.new_zeros(len(pixels), part.tokens, part.width)
+    elif name == "image_codes":
+        other[name] = pixels.new_zeros(len(pixels), math.prod(part.grid), dtype=torch.long)
+    else:
+        other[name] = pixels.new_zeros(len(pixels), part.channels * (2 if model.draws_latents else 1), *part.grid)
+    return other
 
 
 TRANSFORM = ("size", "mean", "std", "mode", "interpolation")

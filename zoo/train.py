@@ -403,7 +403,7 @@ def training_flops(config: RunConfig, cached: RunFeatures | None = None) -> dict
     total = sum(f.per_sample * n * config.batch_size for f, n in zip(stages, steps, strict=True))
     plain = {**stages[-1].to_plain(), "stages": [f.to_plain() for f in stages]}
     if cached is not None:
-        encoder = count_recipe(config.recipe)[0].frozen_forward - stages[0].frozen_forward
+        encoder = count_recipe(config.recipe)[0].forward - stages[0].forward  # what is frozen costs no backward
         plain["features"] = {"images": cached.images, "forward": encoder, "total": encoder * cached.images}
         total += encoder * cached.images
     return {**plain, "total": total}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,8 +30,12 @@ class Flops:
     backward: int
 
     @property
+    def forward(self) -> int:
+        return self.frozen_forward + self.trainable_forward
+
+    @property
     def per_sample(self) -> int:
-        return self.frozen_forward + self.trainable_forward + self.backward
+        return self.forward + self.backward
 
     def to_plain(self) -> dict[str, int]:
         return {**asdict(self), "per_sample": self.per_sample}
@@ -50,7 +54,8 @@ def count(module: ZooModule, cached: bool = False) -> Flops:
     """Count the current stage of a module whose parameters are on the meta device.
 
     Args:
-        cached: The frozen encoder's tokens come from a cache, so that a step has no forward pass of it.
+        cached: The frozen encoder's tokens (or image tokenizer's codes, latents) come from a cache, so that a step has
+            no forward pass of it.
 
     Matrix products, convolutions and attention are counted, as ``torch.utils.flop_counter`` defines them; norms,
     activations and
@@ -60,9 +65,9 @@ def count(module: ZooModule, cached: bool = False) -> Flops:
     size = samples(module)
     batch = module.model.example_batch(size)
     if cached:
-        encoder: Any = module.model.encoder
-        pixels = batch.pop("pixel_values")
-        batch["image_tokens"] = pixels.new_zeros(len(pixels), encoder.tokens, encoder.width)
+        from zoo.frozen_features import without_pixels
+
+        batch = without_pixels(module.model, batch)
     was = module.training
     module.train()
     forward = FlopCounterMode(display=False)

@@ -1,10 +1,12 @@
-"""Outputs of a frozen encoder kept on disk: computed once for an image, read by every run that sees it again.
+"""Outputs of a frozen encoder or image tokenizer kept on disk: computed once for an image, read by every run that sees
+it again.
 
 A *set* is a folder for one (encoder's weights and configuration, image transform, source, precision), named by the
 hash of that. It holds
 
     about.json    what the set is of; its time of change is when the set was last opened
-    tokens.bin    the tokens of an image a row, all rows of one size; longer than what is written: room is reserved
+    tokens.bin    the tokens (codes, latents) of an image a row, all rows of one size; longer than what is written: room
+                  is reserved
     index.bin     24 bytes a row, in the same order: 16 of the image's key, 4 of the row's CRC-32, 4 that are zero
 
 A row is written first and its index record after it, so that a process killed at any moment leaves whole rows and
@@ -22,6 +24,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import uuid
@@ -51,12 +54,12 @@ GB = 10**9
 
 
 class FeatureStore:
-    """One set: rows [tokens, width] of one dtype by key.
+    """One set: rows of one shape and dtype by key: tokens [n, D], codes [n], latents [C, h, w].
 
     Args:
         root: Folder of all sets.
         about: JSON-like description of everything that decides the rows; equal descriptions share a set.
-        shape: (tokens, width) of a row.
+        shape: Of a row.
         dtype: Of the rows on disk.
 
     Raises:
@@ -64,7 +67,7 @@ class FeatureStore:
         RunError: The folder cannot be written.
     """
 
-    def __init__(self, root: Path, about: Mapping[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, root: Path, about: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.root = root
         self.about = {**about, "shape": list(shape), "stored": str(dtype).removeprefix("torch.")}
         text = json.dumps(self.about, sort_keys=True, separators=(",", ":"))
@@ -72,7 +75,7 @@ class FeatureStore:
         self.folder = root / self.name
         self.shape = shape
         self.dtype = dtype
-        self.row_bytes = shape[0] * shape[1] * dtype.itemsize
+        self.row_bytes = math.prod(shape) * dtype.itemsize
         self._rows: dict[bytes, int] = {}
         self._crc: NDArray[np.uint32] = np.empty(0, np.uint32)
         self._checked: NDArray[np.bool_] = np.empty(0, np.bool_)
@@ -181,7 +184,7 @@ class FeatureStore:
                 os.truncate(tokens, size)
 
     def append(self, keys: Sequence[bytes], rows: Tensor) -> None:
-        """Add rows [N, tokens, width]; call it inside ``filling``. Keys that are there already are left as they are.
+        """Add rows [N, *shape]; call it inside ``filling``. Keys that are there already are left as they are.
 
         Raises:
             RunError: The disk is full; what was added before stays.
@@ -209,7 +212,7 @@ class FeatureStore:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """The rows [N, tokens, width] in the dtype they are stored in; -1 gives zeros.
+        """The rows [N, *shape] in the dtype they are stored in; -1 gives zeros.
 
         Raises:
             DataError: A row's bytes are not those that were written.
@@ -262,14 +265,31 @@ class RowTransform:
         return ((high - 1) * self._BASE + low).masked_fill(high == 0, -1).tolist()
 
 
+def image_transform(processor: Any) -> ImageTransform:
+    """The image transform of a processor, or of one that it is made of.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    for value in vars(processor).values():
+        if isinstance(value, ImageTransform):
+            return value
+    for value in vars(processor).values():
+        if isinstance(getattr(value, "transform", None), ImageTransform):
+            return image_transform(value)
+    raise ConfigError(f"{type(processor).__name__} has no image transform to cache after: leave cache_features off")
+
+
 class CachedFeatures:
-    """What the loader reads of a store: batches with ``image_tokens`` [N, n, D] in place of ``pixel_values``.
+    """What the loader reads of a store: batches with ``image_tokens`` [N, n, D] in place of ``pixel_values``, or what
+    ``name`` says.
 
     Processors handle images through their transform alone, so that one which handles row numbers leaves everything
     else about a batch as it is.
 
     Args:
         dtype: Of ``image_tokens``: what the encoder returned, however it is stored.
+        name: What the batch calls them: ``image_tokens``, ``image_codes``, ``image_latents``.
         stamp: Id -> the state of its image's file, where the source knows one (``image_stamp``).
         drawn: Places of the order that the run's steps draw; what the loader prepares beyond them is never looked at,
             and gets zeros where the store has no row.
@@ -281,8 +301,10 @@ class CachedFeatures:
         dtype: torch.dtype,
         stamp: Callable[[str], str] | None = None,
         drawn: int | None = None,
+        name: str = "image_tokens",
     ) -> None:
         self.store = store
+        self.name = name
         self.dtype = dtype
         self.transform = RowTransform()
         self.stamp = stamp
@@ -336,7 +358,7 @@ class CachedFeatures:
         """A batch of ``over``'s processor with the tokens of its rows."""
         if "pixel_values" in batch:
             rows = self.transform.rows(batch.pop("pixel_values"))
-            batch["image_tokens"] = self.store.read(rows).to(self.dtype)
+            batch[self.name] = self.store.read(rows).to(self.dtype)
         return batch
 
 

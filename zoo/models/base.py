@@ -22,10 +22,16 @@ class Model(nn.Module):
         provides: Names of the outputs ``forward`` returns; objectives are checked against it.
         reads_image_tokens: ``forward`` and the objectives read images through ``encode_images`` alone, so that
             ``image_tokens`` [N, n, D] may stand in a batch in place of ``pixel_values`` (``zoo.data.feature_cache``).
+        reads_image_codes: The same of the slot ``image_tokenizer`` and ``tokenize_images``: ``image_codes`` or
+            ``image_latents`` may stand in place of ``pixel_values``. Not both.
+        draws_latents: In training ``tokenize_images`` draws latents from the tokenizer's Gaussian, of which a cache
+            then keeps the deviations as well.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()
     reads_image_tokens: ClassVar[bool] = False
+    reads_image_codes: ClassVar[bool] = False
+    draws_latents: bool = False
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One forward pass over what ``processor`` made; returns what ``provides`` names."""
@@ -51,6 +57,38 @@ class Model(nn.Module):
         with torch.no_grad() if frozen else nullcontext():
             features: Features = encoder(pixel_values)
         return features
+
+    def tokenize_images(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the slot ``image_tokenizer`` makes of a batch's images, without a graph.
+
+        Args:
+            batch: With ``pixel_values`` [N, 3, H, W], or with what the tokenizer made of them earlier:
+                ``image_codes`` [N, n], or ``image_latents`` [N, C, h, w] ([N, 2C, h, w] with the deviations).
+
+        Returns:
+            Codes [N, n] int64 in row order, or latents [N, C, h, w] at unit variance: their means, or in training
+            draws where the model ``draws_latents``.
+
+        Raises:
+            ConfigError: The batch has none of them.
+        """
+        tokenizer: Any = self.image_tokenizer
+        sample = self.draws_latents and self.training
+        if tokenizer.discrete and "image_codes" in batch:
+            return batch["image_codes"].long()
+        if not tokenizer.discrete and "image_latents" in batch:
+            latents = batch["image_latents"]
+            if latents.shape[1] == tokenizer.channels:
+                return latents
+            drawn: Tensor = tokenizer.drawn(latents, sample)
+            return drawn
+        if "pixel_values" not in batch:
+            kind = "image_codes" if tokenizer.discrete else "image_latents"
+            raise ConfigError(f"the model was given neither pixel_values nor {kind}")
+        pixels = batch["pixel_values"]
+        with torch.no_grad():
+            made: Tensor = tokenizer.encode(pixels) if tokenizer.discrete else tokenizer.encode(pixels, sample)
+        return made
 
     def reconfigure(self, config: Any) -> None:
         """Go on with a wiring configuration that differs in ``per_stage`` fields only (a stage's); no weight depends
