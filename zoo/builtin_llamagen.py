@@ -8,27 +8,36 @@ from zoo.registry import Component
 
 _LM = "zoo.decoders.code_lm:CodeLMConfig"
 _T5 = "zoo.encoders.t5:T5EncoderConfig"
-_SIZES: dict[str, tuple[str, dict[str, Any]]] = {  # table 2 of the paper, and gpt.py's GPT_1B to GPT_7B
-    "b": ("111M", {}),
-    "l": ("343M", {"width": 1024, "depth": 24, "heads": 16, "ffn": 2816}),
-    "xl": ("775M", {"width": 1280, "depth": 36, "heads": 20, "ffn": 3584}),
-    "xxl": ("1.4B", {"width": 1536, "depth": 48, "heads": 24, "ffn": 4096}),
-    "xxxl": ("3.9B", {"width": 2560, "depth": 48, "heads": 40, "ffn": 6912}),
-    "1b": ("1.2B", {"width": 2048, "depth": 22, "heads": 32, "ffn": 5632}),
-    "3b": ("3.1B", {"width": 3200, "depth": 24, "heads": 32, "ffn": 8704}),
-    "7b": ("6.6B", {"width": 4096, "depth": 32, "heads": 32, "ffn": 11008}),
-}
+
+
+def _lm(size: str, parameters: str, **preset: Any) -> Component:
+    return Component(
+        kind="decoder",
+        name=f"llamagen-{size.lower()}",
+        ref=_LM,
+        preset=preset,
+        summary=f"LlamaGen-{size}, {parameters}: Llama over image codes, positions on two axes",
+    )
+
 
 LLAMAGEN = (
+    _lm("B", "111M"),  # table 2 of the paper, and gpt.py's GPT_1B to GPT_7B
+    _lm("L", "343M", width=1024, depth=24, heads=16, ffn=2816),
+    _lm("XL", "775M", width=1280, depth=36, heads=20, ffn=3584),
+    _lm("XXL", "1.4B", width=1536, depth=48, heads=24, ffn=4096),
+    _lm("XXXL", "3.9B", width=2560, depth=48, heads=40, ffn=6912),
+    _lm("1B", "1.2B", width=2048, depth=22, heads=32, ffn=5632),
+    _lm("3B", "3.1B", width=3200, depth=24, heads=32, ffn=8704),
+    _lm("7B", "6.6B", width=4096, depth=32, heads=32, ffn=11008),
     *(
         Component(
-            kind="decoder",
-            name=f"llamagen-{name}",
-            ref=_LM,
-            preset=preset,
-            summary=f"LlamaGen-{name.upper()}, {count}: Llama over image codes, positions on two axes",
+            kind="image_tokenizer",
+            name=f"llamagen-vq-16-{size}",
+            ref="zoo.tokenizers.vqgan:VQGANConfig",
+            preset={"attention": [True], "image_size": size},
+            summary=f"llamagen-vq-16 for images of {size} pixels, {size // 16} x {size // 16} codes an image",
         )
-        for name, (count, preset) in _SIZES.items()
+        for size in (384, 512)
     ),
     Component(
         kind="connector",

@@ -8,10 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.decoders.seq2seq_lm import Seq2SeqLMConfig
 from zoo.encoders.base import Encoder, TextEncoderConfig
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, near
 from zoo.part import Features
+
+OWN = (
+    *("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff", "dropout_rate", "feed_forward_proj"),
+    *("dense_act_fn", "is_gated_act", "is_encoder_decoder", "use_cache"),
+)
+"""Fields of transformers' configuration that are fields here, or do not matter to an encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +57,36 @@ class T5EncoderConfig(TextEncoderConfig):
         Raises:
             ConfigError: Unknown activation, or an option its configuration does not have.
         """
-        names = ("width", "depth", "heads", "head_dim", "ffn", "activation", "gated", "dropout", "options")
-        fields = {name: getattr(self, name) for name in names}
-        return Seq2SeqLMConfig(tokenizer=self.tokenizer, vocab_size=self.vocab_size, **fields).library()
+        from zoo.torchvision_ops import ensure
+
+        ensure()
+        from transformers import T5Config
+        from transformers.activations import ACT2FN
+
+        if self.activation not in ACT2FN:
+            raise ConfigError(
+                f"text_encoder.activation = {self.activation!r} is unknown{near(self.activation, ACT2FN)}"
+            )
+        known = set(vars(T5Config())) - set(OWN)
+        for key in self.options:
+            if key not in known:
+                raise ConfigError(f"text_encoder.options has no field {key!r}{near(key, known)}")
+        config = T5Config(
+            vocab_size=self.vocab_size,
+            d_model=self.width,
+            num_layers=self.depth,
+            num_heads=self.heads,
+            d_kv=self.head_dim,
+            d_ff=self.ffn,
+            dropout_rate=self.dropout,
+            feed_forward_proj=("gated-" if self.gated else "") + self.activation,
+            is_encoder_decoder=False,
+            use_cache=False,
+            **self.options,
+        )
+        # the library derives both from one string, in which "gelu" means the tanh approximation
+        config.dense_act_fn, config.is_gated_act = self.activation, self.gated
+        return config
 
     def build(self) -> T5Encoder:
         return T5Encoder(self)
@@ -71,7 +103,6 @@ class T5Encoder(Encoder):
         self.config = config
         self.width, self.pooled_width = config.width, 0
         self.tokens = config.context_length
-        library.is_encoder_decoder = False
         self._fused = bool(T5EncoderModel._supports_sdpa)
         self.lm: nn.Module = T5EncoderModel._from_config(
             library, attn_implementation="sdpa" if self._fused else "eager"

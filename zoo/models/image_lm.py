@@ -34,6 +34,9 @@ TYPICAL_TEXT = 16
 SHAPES = ("attention_mask", "caption_mask")
 """What a batch says of its conditions that holds for no condition too: LlamaGen keeps the caption's pads."""
 
+DRAWN = ("reconstruction", "codes", "latents", "commitment", "codebook_loss")
+"""What an image tokenizer is trained on."""
+
 CHUNK = 32
 """Images that are written at once."""
 
@@ -133,7 +136,7 @@ class ImageLM(Model):
     @property
     def provides(self) -> frozenset[str]:  # type: ignore[override]
         """Names of ``forward``'s outputs."""
-        drawn = () if self.image_tokenizer.stored else ("reconstruction", "commitment", "codes")
+        drawn = () if self.image_tokenizer.stored else DRAWN
         return frozenset({"hidden", "targets", *drawn})
 
     # -- tensors ---------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ class ImageLM(Model):
 
         makers = {name: written(name) for name in ("hidden", "targets")}
         if not self.image_tokenizer.stored:
-            makers |= {name: drawn(name) for name in ("reconstruction", "commitment", "codes")}
+            makers |= {name: drawn(name) for name in DRAWN}
         return LazyOutputs(makers, self.device.type)
 
     def _written(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
