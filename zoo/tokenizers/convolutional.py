@@ -267,4 +267,4 @@ def as_grid(codes: Tensor, grid: tuple[int, int], size: int, *, square: bool = F
             f"codes reach from {int(codes.min())} to {int(codes.max())}, outside a codebook of {size}: they are of"
             " another tokenizer"
         )
-    return codes.unflatten(1, grid)
+    return codes.reshape(-1, *grid)

@@ -105,7 +105,7 @@ def code_entropies(bits: Tensor, temperature: float, floor: str = "add") -> Entr
     chunk = max(1, DISTANCES // mean.numel())
     sums = [
         checkpoint(total, a, b, use_reentrant=False)
-        for a, b in zip(first.split(chunk), second.split(chunk), strict=True)
+        for a, b in zip(torch.split(first, chunk), torch.split(second, chunk), strict=True)
     ]
     return Entropies(torch.stack(sums).sum() / len(bits), batch)
 
@@ -142,7 +142,8 @@ def softmax_entropies(x: Tensor, table: Tensor, temperature: float, chunk: int |
         p = log_p.exp()
         return p.sum(0), -(p * log_p).sum()
 
-    sums: list[tuple[Tensor, Tensor]] = [checkpoint(part, rows, table, use_reentrant=False) for rows in x.split(chunk)]
+    parts = torch.split(x, chunk)
+    sums: list[tuple[Tensor, Tensor]] = [checkpoint(part, rows, table, use_reentrant=False) for rows in parts]
     mean = mean_over_ranks(torch.stack([share for share, _ in sums]).sum(0) / len(x))
     sample = torch.stack([entropy for _, entropy in sums]).sum() / len(x)
     return Entropies(sample, _floored(mean, "add").sum())

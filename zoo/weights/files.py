@@ -57,6 +57,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "diffusion_pytorch_model", "pytorch_model")
+"""How weight files in folders of other libraries are called."""
+
+
+def stem_of(folder: Path) -> str:
+    """The first of ``STEMS`` that the folder has as safetensors; where it has none, open_clip's or ``model``."""
+    missing = "open_clip_model" if (folder / "open_clip_config.json").is_file() else "model"
+    return next((stem for stem in STEMS if list(folder.glob(f"{stem}.safetensors*"))), missing)
+
+
 def read_folder(folder: Path, stem: str = "model") -> State:
     """The tensors of ``STEM.safetensors``, or of the shards that ``STEM.safetensors.index.json`` lists.
 

@@ -13,8 +13,8 @@ from zoo.errors import ConfigError, WeightsError
 from zoo.models.base import Model
 from zoo.recipe import SLOTS, Recipe, resolve, split_changes
 from zoo.registry import to_plain
-from zoo.weights.files import State, locate, read_file, read_folder, read_json
-from zoo.weights.formats import Official, file_format, transformers_format
+from zoo.weights.files import State, locate, read_file, read_folder, read_json, stem_of
+from zoo.weights.formats import TRANSFORMERS, Official, file_format, folder_kind, transformers_format
 from zoo.weights.keymaps import KeyMap, _pattern
 from zoo.weights.report import LoadReport, some
 from zoo.weights.save import INSTRUCTION, RECIPE, TOKENIZER
@@ -100,10 +100,15 @@ def _read(source: str | Path, model: str | None, strict: bool) -> _Checkpoint:
     elif (path / "open_clip_config.json").is_file():
         from zoo.weights.formats.clip import from_open_clip
 
-        official, state = from_open_clip(path), read_folder(path, _stem(path))
+        official, state = from_open_clip(path), read_folder(path, stem_of(path))
     elif (path / "config.json").is_file():
-        official = transformers_format(read_json(path / "config.json"), path)
-        state = read_folder(path)
+        config = read_json(path / "config.json")
+        if model is None or folder_kind(config) in TRANSFORMERS:
+            official = transformers_format(config, path)
+            state = read_folder(path, stem_of(path))
+        else:
+            state = read_folder(path, stem_of(path))
+            official = _of_recipe(model, state)
     else:
         raise WeightsError(
             f"{str(path)!r} is no checkpoint: expected {RECIPE}, config.json or open_clip_config.json in it"
@@ -148,17 +153,16 @@ def _zoo_folder(folder: Path) -> Official:
     return Official(recipe=recipe, keymap=KeyMap(), form="zoo")
 
 
-def _stem(folder: Path) -> str:
-    names = ("open_clip_model", "open_clip_pytorch_model", "model")
-    return next((n for n in names if list(folder.glob(f"{n}.safetensors*"))), names[0])
-
-
 def _bare_file(path: Path, model: str | None) -> tuple[Official, State]:
     if model is None:
         raise WeightsError(f"{path.name} is a bare weight file: say which recipe it belongs to with model='clip', ...")
-    recipe = resolve(model)
     state = read_file(path)
-    return file_format(recipe, state) or Official(recipe=recipe, keymap=KeyMap(), form="zoo"), state
+    return _of_recipe(model, state), state
+
+
+def _of_recipe(model: str, state: State) -> Official:
+    recipe = resolve(model)
+    return file_format(recipe, state) or Official(recipe=recipe, keymap=KeyMap(), form="zoo")
 
 
 # -- filling -----------------------------------------------------------------------------------------------------------

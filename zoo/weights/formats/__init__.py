@@ -27,8 +27,9 @@ TRANSFORMERS: dict[str, str] = {
     "cogvlm": "zoo.weights.formats.cogvlm:from_transformers",
     "CogVLMForCausalLM": "zoo.weights.formats.cogvlm:from_transformers",
     "chatglm": "zoo.weights.formats.visualglm:from_transformers",
+    "MAGVITv2": "zoo.weights.formats.image_tokenizers:from_folder",
 }
-"""``model_type``, or where there is none the first of ``architectures``, -> "module:function"."""
+"""``model_type``, or where there is none the first of ``architectures`` or ``_class_name``, -> "module:function"."""
 
 FILES: dict[str, str] = dict.fromkeys(
     (
@@ -67,6 +68,10 @@ FILES |= dict.fromkeys(
     ),
     "zoo.weights.formats.beit3:from_state",
 )
+FILES |= dict.fromkeys(
+    ("magvitv2", "open-magvit2", "llamagen-vq-16", "llamagen-vq-8", "chameleon-vq"),
+    "zoo.weights.formats.image_tokenizers:from_state",
+)
 """Recipe name -> "module:function"."""
 
 
@@ -97,7 +102,7 @@ def transformers_format(config: Mapping[str, Any], folder: Path) -> Official:
     Raises:
         WeightsError: A type the zoo does not read; the message lists near ones.
     """
-    kind = str(config.get("model_type") or (config.get("architectures") or [""])[0])
+    kind = folder_kind(config)
     if kind not in TRANSFORMERS:
         raise WeightsError(
             f"{str(folder)!r} is a transformers checkpoint of type {kind!r}, which the zoo does not read"
@@ -105,6 +110,12 @@ def transformers_format(config: Mapping[str, Any], folder: Path) -> Official:
         )
     official: Official = _function(TRANSFORMERS[kind])(config, folder)
     return official
+
+
+def folder_kind(config: Mapping[str, Any]) -> str:
+    """What a ``config.json`` says it is: ``model_type``, the first of ``architectures``, or diffusers' ``_class_name``;
+    empty where it says nothing."""
+    return str(config.get("model_type") or (config.get("architectures") or [config.get("_class_name") or ""])[0])
 
 
 def file_format(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:
