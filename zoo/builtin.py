@@ -16,6 +16,7 @@ from zoo.builtin_llamagen import LLAMAGEN
 from zoo.builtin_scenes import SCENES
 from zoo.builtin_t5 import T5
 from zoo.builtin_transfusion import TRANSFUSION
+from zoo.builtin_unified import UNIFIED
 from zoo.plugin import Plugin
 from zoo.registry import Component
 
@@ -458,6 +459,7 @@ WIRED = (
     *LATENTS,
     *FUSION,
     *TRANSFUSION,
+    *UNIFIED,
 )
 
 PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *TASKS, *SCENES))

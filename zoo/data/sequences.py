@@ -8,7 +8,7 @@ from. Nothing here depends on a model; images are places (``image_slots``) whose
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -174,6 +174,7 @@ class Row:
         pads: Pads in front.
         given: Of each image, whether it is only read.
         first: Of each image, whether text that is to be learned stands behind it and none before.
+        drawn: Of each image, whether its codes are to be predicted.
     """
 
     ids: tuple[int, ...]
@@ -182,6 +183,7 @@ class Row:
     pads: int = 0
     given: tuple[bool, ...] = ()
     first: tuple[bool, ...] = ()
+    drawn: tuple[bool, ...] = ()
 
 
 def write_row(
@@ -261,7 +263,8 @@ def write_row(
             raise _too_long(pads + len(out.ids), length, "the row")
         out.cut(length - pads)
     first = tuple(any(out.words[at:]) and not any(out.words[:at]) for at in out.starts)
-    return Row(tuple(out.ids), tuple(out.labels), task, pads, tuple(image.given for image in images), first)
+    drawn = tuple(out.labels[at] == CODE for at in out.starts)
+    return Row(tuple(out.ids), tuple(out.labels), task, pads, tuple(image.given for image in images), first, drawn)
 
 
 class _Writer:
@@ -309,17 +312,25 @@ def _too_long(found: int, most: int, what: str) -> DataError:
     )
 
 
-def collate(rows: Sequence[Row], style: SequenceStyle, vocabulary: Vocabulary, pad_id: int) -> dict[str, Tensor]:
+def collate(
+    rows: Sequence[Row], style: SequenceStyle, vocabulary: Vocabulary, pad_id: int, *, trim: bool = False
+) -> dict[str, Tensor]:
     """Rows as a batch, padded to the longest.
+
+    Args:
+        trim: Leave out the pads in front that all rows with such have: no number of a real token changes.
 
     Returns:
         ``input_ids`` [B, T] int64 (``slot_id`` at image places), ``segment`` [B, T] int64 (``segments_of``), ``labels``
         [B, T] int64, ``image_slots`` [B, T] bool, ``task`` [B] int64 (place in ``TASKS``), and of the N images in the
-        order of their slots ``image_given`` [N] bool and ``image_first`` [N] bool (they stand before their caption).
+        order of their slots ``image_given`` [N] bool, ``image_first`` [N] bool (they stand before their caption) and
+        ``image_drawn`` [N] bool (their codes are to be predicted); images that an encoder reads are not among these.
 
     Raises:
         DataError: A row has more than ``MOST_IMAGES`` images.
     """
+    spare = min((row.pads for row in rows if row.pads or (style.padded_prompt and row.task == "t2i")), default=0)
+    rows = [replace(row, pads=max(0, row.pads - spare)) for row in rows] if trim else rows
     width = max((row.pads + len(row.ids) for row in rows), default=0)
     ids = torch.full((len(rows), width), pad_id)
     labels = torch.full((len(rows), width), IGNORE)
@@ -331,14 +342,16 @@ def collate(rows: Sequence[Row], style: SequenceStyle, vocabulary: Vocabulary, p
         ids[i, here] = torch.tensor(row.ids)
         labels[i, here] = torch.tensor(row.labels)
         real[i, here] = True
+    coded = [row for row in rows if not (style.features and row.task == "mmu")]
     return {
         "input_ids": ids,
         "segment": segments_of(ids, real, style, vocabulary),
         "labels": labels,
         "image_slots": ids == vocabulary.slot_id,
         "task": torch.tensor([TASKS.index(row.task) for row in rows], dtype=torch.long),
-        "image_given": torch.tensor([g for row in rows for g in row.given], dtype=torch.bool),
-        "image_first": torch.tensor([f for row in rows for f in row.first], dtype=torch.bool),
+        "image_given": torch.tensor([g for row in coded for g in row.given], dtype=torch.bool),
+        "image_first": torch.tensor([f for row in coded for f in row.first], dtype=torch.bool),
+        "image_drawn": torch.tensor([d for row in coded for d in row.drawn], dtype=torch.bool),
     }
 
 

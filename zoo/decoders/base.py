@@ -66,6 +66,10 @@ class Decoder(nn.Module):
         """Hidden states [..., width] -> logits [..., vocab_size]."""
         raise TypeError(f"{type(self).__name__} defines no logits")
 
+    def logits_of(self, hidden: Tensor, columns: slice) -> Tensor:
+        """The logits [..., n] of the ids ``columns`` alone, out of hidden states [..., width]."""
+        return self.logits(hidden)[..., columns]
+
     def new_cache(self) -> Any:
         """An empty key/value cache for ``forward``."""
         raise TypeError(f"{type(self).__name__} defines no cache")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zoo.decoders.base import Decoder, DecoderConfig
 from zoo.layout import TokenBatch
-from zoo.nn import KVCache, TokenEmbedding, Trunk, TrunkConfig
+from zoo.nn import KVCache, TokenEmbedding, Trunk, TrunkConfig, start_std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,9 @@ class TrunkLMConfig(DecoderConfig):
         rope_share: Part of each head that is rotated.
         rope_theta: Base of the rotary frequencies.
         qk_norm: ``none``, ``layer`` or ``rms`` on queries and keys.
+        qk_norm_per_head: Their affine is a head's own (Chameleon).
         tie: The output matrix is the embedding table.
+        head_bias: The output matrix has a bias (Phi); needs ``tie`` = false.
         dropout: On the output of every branch while training.
     """
 
@@ -49,8 +51,14 @@ class TrunkLMConfig(DecoderConfig):
     rope_share: float = 1.0
     rope_theta: float = 10000.0
     qk_norm: str = "none"
+    qk_norm_per_head: bool = False
     tie: bool = True
+    head_bias: bool = False
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.head_bias and self.tie:
+            raise ValueError("head_bias = true needs tie = false: the embedding table has no bias")
 
     def trunk(self) -> TrunkConfig:
         """The trunk's configuration.
@@ -75,7 +83,9 @@ class TrunkLMConfig(DecoderConfig):
             rope=2 * int(self.width // max(self.heads, 1) * self.rope_share / 2),
             rope_theta=self.rope_theta,
             qk_norm=self.qk_norm,  # type: ignore[arg-type]
+            qk_norm_per_head=self.qk_norm_per_head,
             dropout=self.dropout,
+            init_std=start_std(self.width),
         )
 
     def build(self) -> TrunkLM:
@@ -107,7 +117,8 @@ class TrunkLM(Decoder):
         self.context_length = config.context_length
         self.embedding = TokenEmbedding(config.vocab_size, config.width)
         self.trunk = Trunk(config.trunk())
-        self.lm_head = None if config.tie else nn.Linear(config.width, config.vocab_size, bias=False)
+        bias = getattr(config, "head_bias", False)
+        self.lm_head = None if config.tie else nn.Linear(config.width, config.vocab_size, bias=bias)
 
     def embed(self, ids: Tensor) -> Tensor:
         embeds: Tensor = self.embedding(ids)
@@ -123,6 +134,12 @@ class TrunkLM(Decoder):
             return nn.functional.linear(hidden, self.embedding.tokens.weight)
         logits: Tensor = self.lm_head(hidden)
         return logits
+
+    def logits_of(self, hidden: Tensor, columns: slice) -> Tensor:
+        if self.lm_head is None:
+            return nn.functional.linear(hidden, self.embedding.tokens.weight[columns])
+        bias = None if self.lm_head.bias is None else self.lm_head.bias[columns]
+        return nn.functional.linear(hidden, self.lm_head.weight[columns], bias)
 
     def new_cache(self) -> KVCache:
         return KVCache()

@@ -1,0 +1,178 @@
+"""What surrounds the tensors of the wirings that write text and images as one sequence: tokenizer, processor, rows to
+count FLOPs with, layouts to look at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from torch import Tensor, nn
+
+from zoo.data.sequences import TASKS, SequenceStyle, layout_of
+from zoo.data.vocabulary import Vocabulary
+from zoo.decoders.base import DecoderConfig
+from zoo.errors import ConfigError
+from zoo.layout import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+    from zoo.data.text import TextTokenizer
+    from zoo.data.unified_processor import UnifiedProcessor
+
+TYPICAL_TEXT = 16
+"""Text tokens of a caption, as layouts and FLOP counts assume."""
+
+LEAST_TEXT = 4
+"""Text tokens, BOS and EOS included, that must fit beside an image."""
+
+
+class UnifiedRows(nn.Module):
+    """Base of the unified wirings; the image tokenizer never learns in them.
+
+    Attributes:
+        style: How rows are written.
+        vocabulary: Ids of text, special tokens and codes; the decoder has as many rows.
+        places: Codes or patches of an image.
+        text_length: Longest text, BOS and EOS included, that fits beside an image.
+    """
+
+    config: Any
+    decoder_config: DecoderConfig
+    image_config: Any
+    style: SequenceStyle
+    vocabulary: Vocabulary
+    places: int
+    text_length: int
+    seed: int
+    image_tokenizer: Any
+    _tokenizer: TextTokenizer | None = None
+    _processor: UnifiedProcessor | None = None
+
+    if TYPE_CHECKING:
+
+        @property
+        def device(self) -> torch.device: ...
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, but for the image tokenizer: its codes are what they are."""
+        super().train(mode)
+        self.image_tokenizer.eval()
+        return self
+
+    def reconfigure(self, config: Any) -> None:
+        self.config = config
+        self._processor = None
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The decoder's text tokenizer, made on first use: published ones need files or the network."""
+        if self._tokenizer is None:
+            from zoo.data.text import named_tokenizer
+
+            self._tokenizer = named_tokenizer(self.decoder_config.tokenizer)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._processor = None
+
+    @property
+    def processor(self) -> Any:
+        """The ``UnifiedProcessor`` that turns samples into ``forward``'s batch; made on first use.
+
+        Raises:
+            ConfigError: The tokenizer has more ids than the text vocabulary.
+        """
+        if self._processor is None:
+            from zoo.data.unified_processor import UnifiedProcessor
+
+            self._processor = UnifiedProcessor(**self._processor_fields())
+        return self._processor
+
+    def _processor_fields(self) -> dict[str, Any]:
+        tokenizer, rows = self.tokenizer, self.decoder_config.vocab_size
+        if tokenizer.vocab_size > rows:
+            raise ConfigError(
+                f"tokenizer {self.decoder_config.tokenizer!r} has {tokenizer.vocab_size} ids, decoder.vocab_size is"
+                f" {rows}: set one to fit the other"
+            )
+        dropout = self.config.prompt_dropout
+        return {
+            "transform": self._transform(self.image_config),
+            "tokenizer": tokenizer,
+            "style": self.style,
+            "vocabulary": self.vocabulary,
+            "places": self.places,
+            "length": self.row_length,
+            "text_length": self.text_length,
+            "tasks": self.config.tasks or None,
+            "prompt_dropout": None if dropout < 0 else dropout,
+            "prompt": self.config.prompt,
+            "seed": self.seed,
+            "codes": self.image_tokenizer if getattr(self.image_tokenizer, "stored", False) else None,
+        }
+
+    @property
+    def row_length(self) -> int:
+        """Longest row: with a prefix of fixed length that of a ``t2i`` row, else the decoder's context."""
+        if self.style.padded_prompt:
+            return self.text_length + self.places + 3
+        return self.decoder_config.context_length
+
+    def _transform(self, image: Any) -> Any:
+        from zoo.data.images import ImageTransform
+
+        return ImageTransform(
+            size=image.image_size,
+            mean=tuple(image.mean),
+            std=tuple(image.std),
+            mode=image.resize,
+            augment=cast("Any", self.config.augment),
+        )
+
+    def prompt_rows(self, texts: Any) -> tuple[Tensor, Tensor]:
+        """``UnifiedProcessor.prompt_rows`` on the model's device: (ids, segment), [2 B, P] int64, with the texts and
+        without."""
+        ids, segment = self.processor.prompt_rows(texts)
+        return ids.to(self.device), segment.to(self.device)
+
+    @property
+    def typical_text(self) -> int:
+        return max(1, min(TYPICAL_TEXT, self.text_length - 2))
+
+    def layouts(self) -> dict[str, Layout]:
+        """A row of each task with a caption of typical length."""
+        tasks = list(dict.fromkeys(self._example_order(len(TASKS))))
+        rows = self._example_rows(len(tasks))
+        return {
+            task: layout_of(rows["segment"][i : i + 1], self.style, slots=rows["image_slots"][i : i + 1])
+            for i, task in enumerate(tasks)
+        }
+
+    def _example_order(self, batch_size: int) -> list[str]:
+        """The tasks of an example batch: those that are trained, in turn."""
+        tasks = [task for task in TASKS if (self.config.tasks or dict(self.style.tasks)).get(task)]
+        return [tasks[i % len(tasks)] for i in range(batch_size)]
+
+    def _example_rows(self, batch_size: int) -> dict[str, Tensor]:
+        """Rows of the tasks in turn, of one length: a caption and an image each."""
+        from zoo.data.sequences import Image, Text, Words, collate, write_row
+
+        pad = self.vocabulary.id("pad") if "pad" in self.style.specials else 0
+        words, text = Words(1, 2, pad), Text((3,) * self.typical_text)
+        rows = []
+        for task in self._example_order(batch_size):
+            image = Image(self._places_of(task))
+            order: dict[str, list[Text | Image]] = {"t2i": [text, image], "mmu": [image, text], "lm": [text]}
+            parts = order[task]
+            rows.append(
+                write_row(
+                    self.style, self.vocabulary, words, task, parts,
+                    length=self.row_length, text_length=self.text_length,
+                )
+            )  # fmt: skip
+        return collate(rows, self.style, self.vocabulary, pad, trim=True)
+
+    def _places_of(self, task: str) -> int:
+        return self.places
