@@ -17,9 +17,7 @@ from torch import Tensor
 from zoo.decoders.base import Decoder, DecoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, TokenBatch, lay_out
-from zoo.models.autoencoder import reconstruct
 from zoo.models.base import Model
-from zoo.models.lazy import LazyOutputs
 from zoo.models.writing import IGNORE
 from zoo.part import seeded
 from zoo.recipe import WiringConfig
@@ -33,9 +31,6 @@ TYPICAL_TEXT = 16
 
 SHAPES = ("attention_mask", "caption_mask")
 """What a batch says of its conditions that holds for no condition too: LlamaGen keeps the caption's pads."""
-
-DRAWN = ("reconstruction", "codes", "latents", "commitment", "codebook_loss")
-"""What an image tokenizer is trained on."""
 
 CHUNK = 32
 """Images that are written at once."""
@@ -88,6 +83,8 @@ class ConditionedConfig(WiringConfig):
 class ImageLM(Model):
     """``decoder`` and ``image_tokenizer``, and what makes the condition."""
 
+    provides: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
+    reads_image_codes: ClassVar[bool] = True
     config: Any
     prefix_tokens: int
 
@@ -133,12 +130,6 @@ class ImageLM(Model):
         """Codes of an image."""
         return self.grid[0] * self.grid[1]
 
-    @property
-    def provides(self) -> frozenset[str]:  # type: ignore[override]
-        """Names of ``forward``'s outputs."""
-        drawn = () if self.image_tokenizer.stored else DRAWN
-        return frozenset({"hidden", "targets", *drawn})
-
     # -- tensors ---------------------------------------------------------------------------------------------------
 
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -146,7 +137,7 @@ class ImageLM(Model):
         tokens are real, [B, P] bool, pads in front; None where all are."""
         raise TypeError(f"{type(self).__name__} defines no condition")
 
-    def forward(self, batch: Mapping[str, Tensor]) -> LazyOutputs:  # type: ignore[override]
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Read the condition and ``pixel_values`` [B, 3, H, W], or ``image_codes`` [B, h*w] in their place.
 
         ``valid`` [B] bool leaves rows out of the loss, and ``drop_draw`` [B] in [0, 1) settles which rows see no
@@ -154,33 +145,17 @@ class ImageLM(Model):
 
         Returns:
             ``hidden`` [B, h*w, D] and ``targets`` [B, h*w], the code each row predicts, the first from the last token
-            of the condition; and what ``vq-reconstruction`` reads, each made when an objective asks for it.
+            of the condition.
+
+        Raises:
+            ConfigError: Codes of another grid, or neither codes nor pixels.
         """
-        made: dict[str, Tensor] = {}
-
-        def written(name: str) -> Callable[[LazyOutputs], Tensor]:
-            def make(_: LazyOutputs) -> Tensor:
-                if "hidden" not in made:
-                    made.update(self._written(batch))
-                return made[name]
-
-            return make
-
-        def drawn(name: str) -> Callable[[LazyOutputs], Tensor]:
-            def make(_: LazyOutputs) -> Tensor:
-                if "codes" not in made:
-                    made.update(reconstruct(self.image_tokenizer, batch["pixel_values"]))
-                return made[name]
-
-            return make
-
-        makers = {name: written(name) for name in ("hidden", "targets")}
-        if not self.image_tokenizer.stored:
-            makers |= {name: drawn(name) for name in DRAWN}
-        return LazyOutputs(makers, self.device.type)
-
-    def _written(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        codes = self.image_codes_of(batch)  # [B, h*w]
+        codes = self.tokenize_images(batch)  # [B, h*w]
+        if codes.shape[1:] != (self.cells,):
+            raise ConfigError(
+                f"image_codes have shape {tuple(codes.shape)}, the model writes {self.cells} codes an image: set"
+                " image_tokenizer.image_size and patch_size to fit"
+            )
         draw = batch.get("drop_draw")
         if draw is None and self.training and self.config.drop and not codes.is_meta:
             draw = torch.rand(len(codes), device=codes.device)
@@ -189,24 +164,6 @@ class ImageLM(Model):
         hidden = self.hidden(prefix, codes[:, :-1], real)
         targets = codes if "valid" not in batch else codes.masked_fill(~batch["valid"].bool()[:, None], IGNORE)
         return {"hidden": hidden, "targets": targets}
-
-    def image_codes_of(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The codes [B, h*w] of a batch's images.
-
-        Raises:
-            ConfigError: Codes of another grid, or neither codes nor pixels.
-        """
-        if "image_codes" in batch:
-            if batch["image_codes"].shape[1:] != (self.cells,):
-                raise ConfigError(
-                    f"image_codes have shape {tuple(batch['image_codes'].shape)}, the model writes {self.cells} codes"
-                    " an image"
-                )
-            return batch["image_codes"]
-        if self.image_tokenizer.stored or "pixel_values" not in batch:
-            raise ConfigError("stored codes come with the batch: make it with the model's processor")
-        with torch.no_grad():
-            return self.image_tokenizer.encode(batch["pixel_values"])
 
     def hidden(self, prefix: Tensor, codes: Tensor, real: Tensor | None = None) -> Tensor:
         """States [B, n + 1, D] behind a prefix [B, P, D] and n codes [B, n]: row i predicts code i."""
