@@ -13,6 +13,24 @@ SCENES = (
     ),
     Component(
         kind="data",
+        name="openmoji-edits",
+        ref="zoo.data.edits:EditsConfig",
+        summary="scenes before and after a change, and the instruction: add, remove, replace, move, resize, ...",
+    ),
+    Component(
+        kind="data",
+        name="openmoji-stories",
+        ref="zoo.data.stories:StoriesConfig",
+        summary="one character through several frames, texts and pictures in turn, with its masks",
+    ),
+    Component(
+        kind="data",
+        name="texts",
+        ref="zoo.data.texts:TextsConfig",
+        summary="your plain texts, .txt or .jsonl (root=PATH), for language modelling",
+    ),
+    Component(
+        kind="data",
         name="llava-json",
         ref="zoo.data.llava_json:LlavaJsonConfig",
         summary="conversations about your images in LLaVA's JSON (file=PATH, root=PATH)",

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from zoo.cli import main
 from zoo.data.openmoji import OpenMoji
 from zoo.data.preview import CELL, GAP, sheet
 from zoo.data.sample import Sample
-from zoo.errors import DataError
+from zoo.errors import ConfigError, DataError
 
 
 class Two:
@@ -61,3 +62,36 @@ def test_the_command_writes_it_or_says_why_not(tmp_path: Path, capsys: pytest.Ca
     for wrong in (["--count", "0"], ["--out", str(tmp_path / "no/x.png")], ["--out", "x.jpg"], ["--split", "tset"]):
         assert main(["data", "preview", f"folder,root={photos}", *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+# -- labelled sheets -----------------------------------------------------------------------------------------------
+
+
+def test_a_labelled_sheet_places_rows_columns_and_notes(tmp_path: Path) -> None:
+    from zoo.data.sheet import GAP as SPACE
+    from zoo.data.sheet import MARGIN, labelled_sheet, wrapped
+
+    red, blue = Image.new("RGB", (8, 8), "red"), torch.zeros(3, 4, 4)
+    blue[2] = 1.0
+    path = tmp_path / "green.png"
+    Image.new("RGB", (300, 300), (0, 255, 0)).save(path)
+    plain = np.asarray(labelled_sheet([[red, blue], [path, None]], cell=40))
+    assert plain.shape == (2 * 40 + SPACE + 2 * MARGIN, 2 * 40 + SPACE + 2 * MARGIN, 3)
+    first, second = slice(MARGIN, MARGIN + 40), slice(MARGIN + 40 + SPACE, MARGIN + 80 + SPACE)
+    for rows, columns, colour in (
+        (first, first, (255, 0, 0)),
+        (first, second, (0, 0, 255)),
+        (second, first, (0, 255, 0)),
+        (second, second, (255, 255, 255)),
+    ):
+        assert (plain[rows, columns][:-1, :-1] == colour).all()
+    named = labelled_sheet([[red, blue]], ["a row"], ["one", "two"], [["below", ""]], cell=40, left=60)
+    assert named.width == plain.shape[1] + 60 + SPACE
+    assert named.height > 40 + 2 * MARGIN + 2 * 14
+    dark = (np.asarray(named) < 100).all(2)
+    assert dark[:, MARGIN : MARGIN + 60].any()
+    assert dark[-MARGIN - 16 :, MARGIN + 60 + SPACE :].any()
+    assert wrapped("word " * 60, 60, 3)[-1].endswith("...")
+    for wrong in (([],), ([[red]], ["a", "b"]), ([[red]], [], ["a", "b"]), ([[torch.zeros(4, 4)]],)):
+        with pytest.raises(ConfigError):
+            labelled_sheet(*wrong)

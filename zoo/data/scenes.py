@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from zoo.data.openmoji import DEFAULT_SIZE, LICENCE, OpenMoji, OpenMojiConfig, _svg_files
 from zoo.data.sample import SPLITS, Sample, SourceConfig, check_split, stable_hash
-from zoo.data.scenes_icons import IconPool, is_thing
+from zoo.data.scenes_icons import IconPool, is_thing, most_drawn
 from zoo.data.scenes_layout import BACKGROUNDS, MOST, UNITS, Placed, Scene, Stream, places, sizes
 from zoo.data.scenes_render import Renderer, Sprites, sides
-from zoo.data.scenes_texts import Question, captions, parse_kinds, questions
+from zoo.data.scenes_texts import Question, captions, parse_kinds, prompt, questions
 from zoo.errors import ConfigError, DataError
 
 RULES = 1
 """Raised whenever the same fields make other scenes or other texts."""
+FEWEST_KINDS = 8
+"""With fewer icons there is little left to ask for in vain."""
 ATTEMPTS = 2000
 """Scenes drawn for one id before giving up on finding one that the wanted questions can be asked about."""
 
@@ -36,18 +38,23 @@ class ScenesConfig(SourceConfig):
     opens every dialogue and is answered by the first caption (empty: none does). ``icons="heldout"`` draws the
     scenes of val and test from icons that no training scene shows (those that ``data=openmoji`` holds out too);
     ``"train"`` draws all splits from the training icons, so that val and test measure new scenes of known icons; which
-    split may show a picture then follows from its content.
+    split may show a picture then follows from its content. ``kinds`` keeps only so many icons, those drawn most often
+    (0 keeps all): a small world, which a model learns to see in a short run.
+    ``captions="first"`` gives every scene one caption, the prompt to draw it from: what is where, and on which colour
+    if not on white; ``"all"`` gives paraphrases and single relations too.
     ``overlap`` lets icons cover each other a little. ``background="coloured"`` draws one of eight plain colours.
     ``size`` None takes the model's image size.
     """
 
     kind: ClassVar[str] = "openmoji-scenes"
     size: int | None = None
-    objects: str = "1..4"
+    objects: str | int = "1..4"
     questions: str = "all"
     turns: int = 4
     describe: str = ""
     icons: Literal["heldout", "train"] = "heldout"
+    kinds: int = 0
+    captions: Literal["all", "first"] = "all"
     overlap: bool = False
     background: Literal["white", "coloured"] = "white"
     train_scenes: int = 20_000
@@ -92,7 +99,7 @@ class Scenes:
             raise ConfigError(f"scenes can be rendered at 16 to 2048 pixels, not {size}")
         self.config = config
         self.size = size
-        self.objects = parse_objects(config.objects)
+        self.objects = parse_objects(str(config.objects))
         self.question_kinds = parse_kinds(config.questions)
         if config.background == "white":  # with one answer to it, it is no question
             if self.question_kinds == ("colour",):
@@ -109,15 +116,22 @@ class Scenes:
                 raise ConfigError(f"{split}_scenes = {count}: expected 0 to 10,000,000")
         if config.turns < 0 or config.seed < 0:
             raise ConfigError(f"turns = {config.turns} and seed = {config.seed} must not be negative")
+        if config.kinds and config.kinds < FEWEST_KINDS:
+            raise ConfigError(f"kinds = {config.kinds}: expected 0 (all icons) or at least {FEWEST_KINDS}")
         whole = OpenMoji(OpenMojiConfig(), DEFAULT_SIZE)
         things = {split: self._things(whole, split) for split in SPLITS}
         if config.icons == "train":
             things = dict.fromkeys(SPLITS, things["train"])
+        if config.kinds:
+            things = {split: {i: named[i] for i in most_drawn(named, config.kinds)} for split, named in things.items()}
         self.pools = {split: IconPool(list(named), named) for split, named in things.items()}
         files = _svg_files()
         shown = sorted({icon for named in things.values() for icon in named})
         self.renderer = Renderer(Sprites({icon: files[icon] for icon in shown}), size)
-        plain = {k: v for k, v in asdict(config).items() if k not in ("size", *_WRAPPERS)}
+        plain = {k: v for k, v in asdict(config).items() if k not in ("size", *_WRAPPERS) and (k, v) != ("kinds", 0)}
+        plain["objects"] = str(config.objects)  # 3 and "3" are the same
+        if config.captions == "all":  # versions of before there was a choice stay what they were
+            del plain["captions"]
         self.version = f"{whole.version.split('/')[0]}/scenes{RULES}/{json.dumps(plain, sort_keys=True)}"
         self._forget()
 
@@ -165,7 +179,7 @@ class Scenes:
         pool = self.pools[split]
         for attempt in range(ATTEMPTS):
             scene = compose(pool, Stream("scene", self.config.seed, id, attempt), self.objects, self.config)
-            if self.config.icons == "train" and _owner(scene) != split:
+            if self.config.icons == "train" and owner(scene) != split:
                 continue
             if not self.question_kinds:
                 return scene, ()
@@ -187,16 +201,10 @@ class Scenes:
         name, box in pixels, group: objects of one group share a name); ``background``.
         """
         scene, asked = self._kept(id)
-        groups = {name: index for index, name in enumerate(scene.kinds())}
-        boxes = self.renderer.boxes(scene)
-        meta: dict[str, Any] = {
-            "objects": [
-                {"icon": o.icon, "name": o.name, "box": list(box), "group": groups[o.name]}
-                for o, box in zip(scene.objects, boxes, strict=True)
-            ],
-            "background": scene.background,
-        }
+        meta = described(scene, self.renderer)
         texts = captions(scene)
+        if self.config.captions == "first":
+            texts = (prompt(scene),)
         opening = [(self.config.describe, texts[0])] if self.config.describe else []
         if asked or opening:
             meta["turns"] = [*opening, *((q.question, q.answer) for q in asked)]
@@ -240,7 +248,18 @@ class Scenes:
             self.renderer.sprites.all(side)
 
 
-def _owner(scene: Scene) -> str:
+def described(scene: Scene, renderer: Renderer) -> dict[str, Any]:
+    """Return ``objects``, one dictionary an object in the order of painting (icon, name, box in pixels, group: objects
+    of one group share a name), and ``background``."""
+    groups = {name: index for index, name in enumerate(scene.kinds())}
+    objects = [
+        {"icon": o.icon, "name": o.name, "box": list(box), "group": groups[o.name]}
+        for o, box in zip(scene.objects, renderer.boxes(scene), strict=True)
+    ]
+    return {"objects": objects, "background": scene.background}
+
+
+def owner(scene: Scene) -> str:
     """Return the one split that may show this picture, whatever the order of painting: 8 of 10 are for training."""
     place = stable_hash("scene-split", scene.background, sorted(map(astuple, scene.objects))) % 10
     return {0: "test", 1: "val"}.get(place, "train")

@@ -50,6 +50,22 @@ def stems(name: str) -> frozenset[str]:
     return frozenset(re.sub(r"(e|s)+$", "", w) or w for w in words if w not in _SMALL_WORDS)
 
 
+def by_popularity(icons: Sequence[str]) -> list[int]:
+    """Return the rows of ``icons``, those drawn most often first."""
+    return sorted(range(len(icons)), key=lambda row: stable_hash("scenes-popularity", icons[row]))
+
+
+def most_drawn(names: Mapping[str, str], count: int) -> list[str]:
+    """Return the ``count`` icons of ``names`` (hexcode -> name) drawn most often, in their given order, each name once
+    and no two that could be confused."""
+    icons, found, seen = list(names), set[int](), set[str]()
+    for row in by_popularity(icons):
+        if len(found) < count and seen.isdisjoint(stems(names[icons[row]])):
+            found.add(row)
+            seen |= stems(names[icons[row]])
+    return [icon for row, icon in enumerate(icons) if row in found]
+
+
 class IconPool:
     """The icons that the scenes of one split draw from.
 
@@ -67,7 +83,7 @@ class IconPool:
         self.names = tuple(names[icon] for icon in icons)
         self.stems = tuple(stems(name) for name in self.names)
         self._row = {name: row for row, name in enumerate(self.names)}
-        ranked = sorted(range(len(icons)), key=lambda row: stable_hash("scenes-popularity", icons[row]))
+        ranked = by_popularity(self.icons)
         weights = [0.0] * len(icons)
         for rank, row in enumerate(ranked, 1):
             weights[row] = rank**-0.5

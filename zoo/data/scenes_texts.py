@@ -99,6 +99,12 @@ def captions(scene: Scene) -> tuple[str, ...]:
     return tuple(dict.fromkeys(out))
 
 
+def prompt(scene: Scene) -> str:
+    """Return one sentence to draw the scene from: its first caption, and the background's colour if not white."""
+    text = captions(scene)[0]
+    return text if scene.background == "white" else f"{text}, on {an(scene.background)} background"
+
+
 def questions(scene: Scene, pool: IconPool, stream: Stream, kinds: Sequence[str]) -> list[Question]:
     """Return the questions of these kinds that have one right answer here, in a random order.
 
