@@ -37,4 +37,22 @@ TRANSFUSION = (
         ref="zoo.patch_codecs.unet:UNetCodecConfig",
         summary="the halves of a U-Net before and behind the trunk, 0.27B at patches of 2 (Transfusion)",
     ),
+    Component(
+        kind="objective",
+        name="diffusion",
+        ref="zoo.objectives.denoising:DiffusionConfig",
+        summary="DDPM of image latents: the noise's squared error, a mean of images (Transfusion)",
+    ),
+    Component(
+        kind="objective",
+        name="flow",
+        ref="zoo.objectives.denoising:FlowConfig",
+        summary="flow matching of image latents: the velocity's squared error, a mean of images",
+    ),
+    Component(
+        kind="wiring",
+        name="unified-latent",
+        ref="zoo.models.unified_latent:UnifiedLatentConfig",
+        summary="a text decoder, a patch codec and a continuous image tokenizer: noisy patches among words",
+    ),
 )

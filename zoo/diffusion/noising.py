@@ -32,13 +32,14 @@ class Process:
 
     samplers: tuple[str, ...] = ()
 
-    def draw(self, limit: Tensor) -> Tensor:
-        """A time [N] for each image, from torch's global stream.
+    def times(self, uniform: Tensor, limit: Tensor) -> Tensor:
+        """A time [N] for each image.
 
         Args:
+            uniform: [N] uniform numbers in [0, 1).
             limit: [N] in (0, 1], the largest share of the noise levels that an image may get.
         """
-        raise TypeError(f"{type(self).__name__} defines no draw")
+        raise TypeError(f"{type(self).__name__} defines no times")
 
     def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Latents [N, C, h, w] at the times [N]."""
@@ -95,8 +96,8 @@ class DDPM(Process):
         with torch.device("cpu"):  # also while the shapes of a model are looked at on "meta"
             return DDPMScheduler(**self.fields())
 
-    def draw(self, limit: Tensor) -> Tensor:
-        return (torch.rand_like(limit) * limit * LEVELS).long().clamp(max=LEVELS - 1)
+    def times(self, uniform: Tensor, limit: Tensor) -> Tensor:
+        return (uniform * limit * LEVELS).long().clamp(max=LEVELS - 1)
 
     def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         noisy: Tensor = self._alone(clean).add_noise(clean, noise, time)
@@ -129,8 +130,8 @@ class Flow(Process):
 
     samplers = ("midpoint", "euler", "rk45")
 
-    def draw(self, limit: Tensor) -> Tensor:
-        return 1 - torch.rand_like(limit) * limit
+    def times(self, uniform: Tensor, limit: Tensor) -> Tensor:
+        return 1 - uniform * limit
 
     def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         share = time.to(clean.dtype)[:, None, None, None]  # [N, 1, 1, 1]

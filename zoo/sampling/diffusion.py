@@ -110,11 +110,6 @@ def denoise(
     return x
 
 
-def guided(scale: float, conditional: Tensor, unconditional: Tensor) -> Tensor:
-    """Classifier-free guidance, u + scale (c - u) (arXiv 2207.12598, equation 6, in the form where 1 is none)."""
-    return unconditional + scale * (conditional - unconditional)
-
-
 def gaussian(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
     """Noise [N, ...] of ``shape``, item n out of generator n."""
     rows = [torch.randn(tuple(shape), generator=generator) for generator in generators]

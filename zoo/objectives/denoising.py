@@ -1,0 +1,121 @@
+"""Mean squared error of what is predicted of noisy images, each image weighing the same (Transfusion)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zoo.diffusion.noising import DDPM, Flow, Process
+from zoo.errors import ConfigError
+from zoo.objectives.base import Objective, full_precision
+from zoo.objectives.momentum import Momentum
+from zoo.recipe import ObjectiveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DenoisingConfig(ObjectiveConfig):
+    """What both objectives share.
+
+    Attributes:
+        weight: lambda, the factor of this loss beside the text's (5 in arXiv 2408.11039, section 4.1).
+        noise_limit: Largest share of the noise levels for an image that stands before its caption (section 4.3.4: t at
+            most 500 of 1,000); 1 = no limit.
+    """
+
+    weight: float = 5.0
+    noise_limit: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise_limit <= 1:
+            raise ValueError(f"noise_limit = {self.noise_limit} must lie in (0, 1]")
+
+    def process(self) -> Process:
+        raise TypeError(f"{type(self).__name__} defines no process")
+
+    def build(self) -> Denoising:
+        return Denoising(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(_DenoisingConfig):
+    """DDPM: predict the noise that was added.
+
+    Attributes:
+        schedule: ``squaredcos_cap_v2`` (cosine), ``linear`` or ``scaled_linear``.
+        prediction: ``epsilon``, ``v_prediction`` or ``sample``.
+    """
+
+    schedule: str = "squaredcos_cap_v2"
+    prediction: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        DDPM(self.schedule, self.prediction)
+
+    def process(self) -> Process:
+        return DDPM(self.schedule, self.prediction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(_DenoisingConfig):
+    """Flow matching: predict the velocity of the straight path from noise to image."""
+
+    def process(self) -> Process:
+        return Flow()
+
+
+class Denoising(Objective):
+    """The error's mean over the elements of an image, then over images: one of 64 patches weighs as one of 256.
+
+    It tells the model, when they are joined, which process makes its images noisy, and is thereby the one switch
+    between diffusion and flow in training and in sampling.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"prediction", "denoising_target", "noised"})
+
+    def __init__(self, config: _DenoisingConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def prepare(self, model: Any, momentum: Momentum | None) -> None:
+        """Give the model the process.
+
+        Raises:
+            ConfigError: Another objective has given it one.
+        """
+        super().prepare(model, momentum)
+        other = model.__dict__.get("_process_of")
+        if other is not None and other is not self:
+            raise ConfigError("diffusion and flow make images noisy in two ways: choose one of the objectives")
+        model.__dict__["_process_of"] = self
+        model.set_process(self.config.process(), self.config.noise_limit)
+
+    def forward(
+        self, model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of ``prediction`` [N, C, h, w] against ``denoising_target``, over the images that are ``noised`` [N].
+
+        Reports ``noised`` (how many). A batch without any gives a zero that is connected to the graph. With several
+        processes each divides by the mean number of images a process.
+        """
+        prediction, noised = outputs["prediction"], outputs["noised"]
+        with full_precision(prediction):
+            error = image_errors(prediction, outputs["denoising_target"])  # [N]
+            count = noised.sum()
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(count, op=dist.ReduceOp.SUM)
+                share = count / dist.get_world_size()
+            else:
+                share = count.float()
+            loss = torch.where(noised, error, 0.0).sum() / share.clamp(min=1)
+        return loss, {"noised": count}
+
+
+def image_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error [N] of each image, [N, ...] in any shape."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
