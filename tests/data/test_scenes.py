@@ -447,10 +447,28 @@ def test_mixes_and_what_cannot_be() -> None:
             source.sample(wrong)
 
 
-def test_a_request_for_a_description_opens_the_dialogue(scenes: Scenes) -> None:
+def test_a_request_for_a_description_stands_anywhere_in_the_dialogue(scenes: Scenes) -> None:
     source = make(objects="2..4", background="coloured", turns=0, describe="Describe the image.")
-    for id in source.ids("train")[:20]:
+    places = []
+    for id in source.ids("train")[:40]:
         plain, asked = scenes.text_sample(id), source.text_sample(id)
-        assert asked.meta["turns"][0] == ("Describe the image.", plain.texts[0])
-        assert asked.meta["turns"][1:] == plain.meta["turns"]
+        turns = list(asked.meta["turns"])
+        places.append(turns.index(("Describe the image.", plain.texts[0])))
+        del turns[places[-1]]
+        assert turns == plain.meta["turns"]
         assert asked.meta["questions"] == plain.meta["questions"]
+    assert 0 in places, "never first"
+    assert max(places) > 2, "a model that always describes first never learns to answer at once"
+
+
+def test_a_small_world_shows_few_kinds() -> None:
+    world = make(kinds=24, icons="train")
+    seen = {o["name"] for id in world.ids("train")[:300] for o in world.text_sample(id).meta["objects"]}
+    everything = make(icons="train")
+    often = [o["name"] for id in everything.ids("train")[:300] for o in everything.text_sample(id).meta["objects"]]
+    assert len(seen) == 24
+    assert sum(name in seen for name in often) > len(often) / 795 * 24
+    assert {o["name"] for id in world.ids("test")[:50] for o in world.text_sample(id).meta["objects"]} <= seen
+    assert make(kinds=0).version == make().version != world.version
+    with pytest.raises(ConfigError, match="kinds = 3"):
+        make(kinds=3)

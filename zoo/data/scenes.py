@@ -19,7 +19,7 @@ from zoo.data.scenes_render import Renderer, Sprites, sides
 from zoo.data.scenes_texts import Question, captions, parse_kinds, prompt, questions
 from zoo.errors import ConfigError, DataError
 
-RULES = 1
+RULES = 2
 """Raised whenever the same fields make other scenes or other texts."""
 FEWEST_KINDS = 8
 """With fewer icons there is little left to ask for in vain."""
@@ -35,9 +35,10 @@ class ScenesConfig(SourceConfig):
     16). ``questions`` is ``none``, ``all``, or kinds joined by ``+``: what, count, exist, where, relation, which,
     colour (see ``zoo.data.scenes_texts``; ``all`` asks for a colour only where the background has one). Every scene
     allows at least one of them, and ``turns`` of those it allows are kept (0 keeps all). ``describe`` is a request that
-    opens every dialogue and is answered by the first caption (empty: none does). ``icons="heldout"`` draws the
-    scenes of val and test from icons that no training scene shows (those that ``data=openmoji`` holds out too);
-    ``"train"`` draws all splits from the training icons, so that val and test measure new scenes of known icons; which
+    stands somewhere in every dialogue and is answered by the first caption (empty: in none).
+    ``icons="heldout"`` draws the scenes of val and test from icons that no training scene shows (those that
+    ``data=openmoji`` holds out too); ``"train"`` draws all splits from the training icons, so that val and test
+    measure new scenes of known icons; which
     split may show a picture then follows from its content. ``kinds`` keeps only so many icons, those drawn most often
     (0 keeps all): a small world, which a model learns to see in a short run.
     ``captions="first"`` gives every scene one caption, the prompt to draw it from: what is where, and on which colour
@@ -205,9 +206,12 @@ class Scenes:
         texts = captions(scene)
         if self.config.captions == "first":
             texts = (prompt(scene),)
-        opening = [(self.config.describe, texts[0])] if self.config.describe else []
-        if asked or opening:
-            meta["turns"] = [*opening, *((q.question, q.answer) for q in asked)]
+        turns = [(q.question, q.answer) for q in asked]
+        if self.config.describe:  # not always first: whoever is asked only one thing must know it from training
+            place = Stream("describe", self.config.seed, id).below(len(turns) + 1)
+            turns.insert(place, (self.config.describe, texts[0]))
+        if turns:
+            meta["turns"] = turns
         if asked:
             meta["questions"] = [
                 {"question": q.question, "answer": q.answer, "kind": q.kind, "strategy": q.strategy, "names": q.names}
