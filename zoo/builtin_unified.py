@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from zoo.builtin_image_tokenizers import _MAGVITV2 as MAGVITV2
 from zoo.registry import Component
 
 _TRUNK = "zoo.decoders.trunk_lm:TrunkLMConfig"
@@ -52,6 +53,13 @@ UNIFIED = (
             vocab_size=32000, context_length=4096, tokenizer="hf:meta-llama/Llama-2-7b-hf",
         )
         for name, width, depth, heads, ffn in _BASELINES
+    ),
+    Component(
+        kind="image_tokenizer",
+        name="magvitv2-512",
+        ref="zoo.tokenizers.lfq:LFQConfig",
+        preset=MAGVITV2 | {"image_size": 512},
+        summary="Show-o's MAGVIT-v2 at 512 px: 13 bits, 32 x 32 codes",
     ),
     Component(
         kind="wiring",

@@ -16,6 +16,7 @@ from zoo.errors import ConfigError
 from zoo.layout import Layout, TokenBatch
 from zoo.models.base import Model
 from zoo.models.bridge import _check_slots
+from zoo.models.drawing import DrawingFields, DrawsImages, InpaintsImages
 from zoo.models.unified_rows import LEAST_TEXT, UnifiedRows
 from zoo.models.unified_text import WritesUnified
 from zoo.objectives.masked_image_tokens import draw_masks
@@ -25,7 +26,7 @@ from zoo.tokenizers.base import BaseTokenizerConfig, ImageTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnifiedConfig(WiringConfig):
+class UnifiedConfig(DrawingFields, WiringConfig):
     """Joins a text decoder and an image tokenizer in one vocabulary.
 
     Attributes:
@@ -44,7 +45,9 @@ class UnifiedConfig(WiringConfig):
     """
 
     slots: ClassVar[tuple[str, ...]] = ("decoder", "image_tokenizer")
-    per_stage: ClassVar[frozenset[str]] = frozenset({"tasks", "prompt_dropout", "prompt", "least_masked", "augment"})
+    per_stage: ClassVar[frozenset[str]] = DrawingFields.drawing | {
+        "tasks", "prompt_dropout", "prompt", "least_masked", "augment",
+    }  # fmt: skip
     scale_settles: ClassVar[frozenset[str]] = frozenset({"places", "code_place"})
 
     style: str = "show-o"
@@ -62,6 +65,7 @@ class UnifiedConfig(WiringConfig):
         from zoo.data.unified_processor import check_tasks
 
         style(self.style)
+        self.check_drawing(self.schedule)
         if self.tasks:
             check_tasks(self.tasks)
         if not (self.prompt_dropout == -1 or 0 <= self.prompt_dropout <= 1) or not 0 <= self.least_masked <= 1:
@@ -81,7 +85,8 @@ class UnifiedConfig(WiringConfig):
         Raises:
             ConfigError: Parts that do not fit each other.
         """
-        return Unified(
+        kind = MaskedUnified if style(self.style).images == "masked" else Unified
+        return kind(
             self,
             cast("DecoderConfig", parts["decoder"][1]),
             cast("BaseTokenizerConfig", parts["image_tokenizer"][1]),
@@ -89,7 +94,7 @@ class UnifiedConfig(WiringConfig):
         )
 
 
-class Unified(UnifiedRows, WritesUnified, Model):
+class Unified(DrawsImages, UnifiedRows, WritesUnified, Model):
     """``decoder`` over the joined vocabulary, and ``image_tokenizer``, which never learns here.
 
     Attributes:
@@ -97,6 +102,8 @@ class Unified(UnifiedRows, WritesUnified, Model):
         vocabulary: Ids of text, special tokens, codes and the mask; the decoder has as many rows.
         places: Codes of an image.
     """
+
+    reads_image_codes: ClassVar[bool] = True
 
     def __init__(
         self, config: UnifiedConfig, decoder_config: DecoderConfig, image_config: BaseTokenizerConfig, seed: int
@@ -204,12 +211,9 @@ class Unified(UnifiedRows, WritesUnified, Model):
         Raises:
             ConfigError: Codes of another codebook or grid.
         """
-        codes = batch.get("image_codes")
-        if codes is None:
-            pixels = batch["pixel_values"]
-            if not len(pixels):
-                return torch.zeros(0, self.places, dtype=torch.long, device=pixels.device)
-            return self._encode(pixels)
+        if "image_codes" not in batch and "pixel_values" in batch and not len(batch["pixel_values"]):
+            return torch.zeros(0, self.places, dtype=torch.long, device=batch["pixel_values"].device)
+        codes = self.tokenize_images(batch)
         if codes.ndim != 2 or codes.shape[1] != self.places:
             raise ConfigError(
                 f"image_codes have shape {tuple(codes.shape)}, expected [images, {self.places}]: store them with the"
@@ -226,10 +230,8 @@ class Unified(UnifiedRows, WritesUnified, Model):
             )
         return codes
 
-    @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
-        codes: Tensor = self.image_tokenizer.encode(pixels)
-        return codes
+        return self.tokenize_images({"pixel_values": pixels})
 
     def _embed(self, batch: Mapping[str, Tensor], ids: Tensor, slots: Tensor) -> Tensor:
         """Embeddings [B, T, D] of ids whose places are filled."""
@@ -264,3 +266,7 @@ class Unified(UnifiedRows, WritesUnified, Model):
             return batch | {"image_codes": codes}
         size, dtype = self.image_config.image_size, next(self.image_tokenizer.parameters()).dtype
         return batch | {"pixel_values": torch.zeros(images, 3, size, size, dtype=dtype, device=self.device)}
+
+
+class MaskedUnified(InpaintsImages, Unified):
+    """``Unified`` whose images are drawn by masked prediction: any part of one can be drawn anew."""

@@ -4,8 +4,8 @@ codes (Show-o with CLIP-ViT, arXiv 2408.12528, table 1 and released ``train_w_cl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from zoo.decoders.base import DecoderConfig
 from zoo.encoders.base import Encoder, ImageEncoderConfig
 from zoo.errors import ConfigError
 from zoo.models.bridge import _check_slots
-from zoo.models.unified import Unified, UnifiedConfig
+from zoo.models.unified import MaskedUnified, UnifiedConfig
 from zoo.models.unified_rows import LEAST_TEXT
 from zoo.part import PartConfig, seeded
 from zoo.tokenizers.base import BaseTokenizerConfig
@@ -32,15 +32,23 @@ class UnifiedVisionConfig(UnifiedConfig):
     Attributes:
         system: Text before the image where it is understood, never trained; Show-o writes it when it tunes on
             instructions.
+        preamble: Write ``system``. A ``scale`` leaves it out: it would fill the short context of its decoders.
         answer_length: Longest text of ``mmu`` rows, with its end.
     """
 
     slots: ClassVar[tuple[str, ...]] = ("encoder", "connector", "decoder", "image_tokenizer")
     per_stage: ClassVar[frozenset[str]] = UnifiedConfig.per_stage | {"system"}
 
+    scale_settles: ClassVar[frozenset[str]] = UnifiedConfig.scale_settles | {"preamble"}
+
     style: str = "show-o-features"
     system: str = ""
+    preamble: bool = True
     answer_length: int = 576
+
+    def scaled(self, sizes: Mapping[str, Any]) -> Self:
+        config = super().scaled(sizes)
+        return replace(config, preamble=False) if "context_length" in sizes else config
 
     def build(self, parts: Mapping[str, tuple[str, PartConfig]], seed: int) -> UnifiedVision:
         """Build the model; every part is drawn from its own stream of ``seed``.
@@ -58,8 +66,10 @@ class UnifiedVisionConfig(UnifiedConfig):
         )
 
 
-class UnifiedVision(Unified):
+class UnifiedVision(MaskedUnified):
     """``encoder`` and ``connector`` for images that are understood, ``image_tokenizer`` for those that are drawn."""
+
+    reads_image_codes: ClassVar[bool] = False  # the encoder reads pixels
 
     def __init__(
         self,
@@ -131,7 +141,7 @@ class UnifiedVision(Unified):
 
     def _processor_fields(self) -> dict[str, Any]:
         return super()._processor_fields() | {
-            "system": self.config.system,
+            "system": self.config.system if self.config.preamble else "",
             "eye": self._transform(self.eye_config),
             "eye_places": self.seen,
             "answer_length": self.answer_length,
