@@ -288,3 +288,9 @@ def test_what_the_encoder_reads_is_not_causal_and_pads_do_not_count(shake: Calla
         layout = lay_out([Segment("text", 1)])
         bare = model.decoder.logits(model.decoder(TokenBatch(model.decoder.embed(start), layout)))
         assert (bare - logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("decoder", ["flan-t5-xl", "bert-decoder"])
+def test_a_bridge_into_words_refuses_a_decoder_that_cross_attends(decoder: str) -> None:
+    with pytest.raises(ConfigError, match="wiring bridge-seq2seq for a T5"):
+        zoo.build("llava", decoder=decoder, scale="tiny")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -92,7 +92,10 @@ class DecoderConfig(PartConfig):
         tokenizer: A text tokenizer's name.
         vocab_size: Rows of the embedding table.
         context_length: Longest sequence, image tokens included.
+        reads_context: The decoder cross-attends to a context (of the class).
     """
+
+    reads_context: ClassVar[bool] = False
 
     tokenizer: str = "openmoji-bpe"
     vocab_size: int = 1024

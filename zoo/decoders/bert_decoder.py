@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ class BertDecoderConfig(DecoderConfig):
         dropout: On every branch, the embeddings and the attention weights while training.
         eps: Of the norms.
     """
+
+    reads_context: ClassVar[bool] = True
 
     tokenizer: str = "hf:google-bert/bert-base-uncased"
     vocab_size: int = 30524

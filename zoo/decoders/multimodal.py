@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class MultimodalDecoderConfig(DecoderConfig):
         act: Activation of the feed-forward networks.
         eps: Of every norm.
     """
+
+    reads_context: ClassVar[bool] = True
 
     tokenizer: str = "clip-bpe"
     vocab_size: int = 49408

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ class Seq2SeqLMConfig(AdapterFields, DecoderConfig):
         dropout: Dropout while training.
         options: Further fields of the family's transformers configuration (``relative_attention_num_buckets``, ...).
     """
+
+    reads_context: ClassVar[bool] = True
 
     tokenizer: str = "hf:google/flan-t5-base"
     vocab_size: int = 32128

@@ -95,6 +95,8 @@ class Bridge(WritesText, Model):
 
     provides: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
     reads_image_tokens: ClassVar[bool] = True
+    gives_context: ClassVar[bool] = False
+    """The language model reads a context by cross-attention, which ``forward`` gives it."""
 
     def __init__(
         self,
@@ -113,6 +115,11 @@ class Bridge(WritesText, Model):
         self._tokenizer: TextTokenizer | None = None
         self._instruction_tokenizer: TextTokenizer | None = None
         self._processor: PromptProcessor | None = None
+        if decoder_config.reads_context and not self.gives_context:
+            raise ConfigError(
+                "wiring bridge puts images among the words, and this decoder reads them by cross-attention: choose a"
+                " decoder-only language model, or wiring bridge-seq2seq for a T5"
+            )
         with seeded(seed, "encoder"):
             self.encoder: Encoder = image_config.build()
         if config.visual_tokens:

@@ -78,6 +78,7 @@ class Seq2SeqBridge(Bridge):
     """``encoder``, ``connector``, ``decoder``, whose ``lm`` has an encoder of its own."""
 
     config: Seq2SeqBridgeConfig
+    gives_context = True
     decoder: Seq2SeqLM
     decoder_config: Seq2SeqLMConfig
 
