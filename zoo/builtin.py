@@ -8,6 +8,7 @@ from zoo.builtin_blip2 import BLIP2
 from zoo.builtin_coca import COCA
 from zoo.builtin_cogvlm import COGVLM
 from zoo.builtin_dialogue import DIALOGUE
+from zoo.builtin_drawing import DRAWING
 from zoo.builtin_glm import GLM
 from zoo.builtin_image_tokenizers import DISCRETE_TOKENIZERS
 from zoo.builtin_language import LANGUAGE
@@ -462,4 +463,4 @@ WIRED = (
     *UNIFIED,
 )
 
-PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *TASKS, *SCENES))
+PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *TASKS, *DRAWING, *SCENES))

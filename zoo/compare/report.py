@@ -289,7 +289,14 @@ def _samples(board: Leaderboard) -> list[dict[str, Any]]:
             )
             right = bool(texts) and normalise(texts[0]) == normalise(item["reference"])
             likelihood_only = kinds == ["likelihood"]
-            item["outputs"].append({"row": row, "texts": texts, "right": right and not likelihood_only})
+            pictures = [
+                (str(v.get("text", item["reference"])), drawn)
+                for v in (shown.values() if isinstance(shown, Mapping) else ())
+                if isinstance(v, Mapping) and (drawn := _picture(v.get("picture")))
+            ]
+            item["outputs"].append(
+                {"row": row, "texts": texts, "right": right and not likelihood_only, "pictures": pictures}
+            )
     return [{"id": key, **item} for key, item in merged.items()]
 
 

@@ -7,7 +7,7 @@ columns by it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,85 @@ def _answering() -> dict[str, MetricInfo]:
     }
 
 
+def _drawing() -> dict[str, MetricInfo]:
+    """The metrics of ``text-to-image``; each ``*_real`` is the same of real images: the best that can be had."""
+
+    def of(key: str, info: MetricInfo) -> dict[str, MetricInfo]:
+        real = replace(
+            info,
+            label=f"{info.label} (real)",
+            higher_is_better=None,
+            numerator=info.numerator and f"{info.numerator}_real",
+            primary=False,
+            detail=True,
+            help=f"of the real images: {info.help}",
+        )
+        return {key: info, f"{key}_real": real}
+
+    def distance(label: str, help: str) -> MetricInfo:
+        return MetricInfo(label=label, higher_is_better=False, help=help)
+
+    return {
+        **of("score", MetricInfo(
+            label="evaluator score", numerator="score", percent=True, primary=True,
+            help="cosine of a drawn image and its text in the evaluator's space",
+        )),
+        **of("score_other", MetricInfo(
+            label="score, other", higher_is_better=None, numerator="score_other", percent=True, detail=True,
+            help="cosine of a text and the images drawn for other texts, the control",
+        )),
+        **of("gain", MetricInfo(
+            label="score gain", numerator="gain", percent=True, help="evaluator score less that with other images",
+        )),
+        **of("r_precision", MetricInfo(
+            label="R-precision", numerator="top1", percent=True,
+            help="drawn images whose text is the nearest of 100, the others drawn at random",
+        )),
+        **of("mrr", MetricInfo(
+            label="text MRR", numerator="reciprocal_rank", detail=True, help="mean reciprocal rank of the own text",
+        )),
+        **of("frechet", distance(
+            "Fréchet", "distance of the Gaussians of drawn and real images in the evaluator's space; half against half",
+        )),
+        **of("kernel", distance(
+            "kernel", "squared MMD, polynomial kernel, unbiased, of drawn and real images in the evaluator's space",
+        )),
+        **of("cmmd", distance(
+            "CMMD", "squared MMD times 1000, Gaussian kernel, unbiased, in the evaluator's space",
+        )),
+    }  # fmt: skip
+
+
+def _scenes() -> dict[str, MetricInfo]:
+    """The metrics of ``scene-check``: shares of what the captions state, of drawn and of other images."""
+    what = {
+        "objects": ("stated objects", "stated kinds of objects that are there"),
+        "counts": ("stated counts", "stated counts that are right"),
+        "positions": ("stated positions", "stated relations of places that hold"),
+        "scenes": ("whole scenes", "images in which everything stated is right"),
+    }
+    sets = {
+        "": ("", "", True),
+        "_other": (", other", "; images drawn for other captions, the control", None),
+        "_real": (" (real)", "; real images: the checker's own error", None),
+        "_blurred": (" (blurred)", "; real images at half their resolution: the checker's error on soft ones", None),
+    }
+    return {
+        f"{key}{suffix}": MetricInfo(
+            label=label + mark,
+            higher_is_better=direction,
+            numerator=f"right_{key}{suffix}",
+            denominator=f"stated_{key}",
+            percent=True,
+            primary=key == "objects" and not suffix,
+            detail=bool(suffix),
+            help=help + more,
+        )
+        for suffix, (mark, more, direction) in sets.items()
+        for key, (label, help) in what.items()
+    }
+
+
 METRICS: dict[str, dict[str, MetricInfo]] = {
     "retrieval": {
         **{f"i2t_r{k}": _recall("i2t", k, primary=k == 1) for k in (1, 5, 10)},
@@ -175,6 +254,8 @@ METRICS: dict[str, dict[str, MetricInfo]] = {
         ),
     },
     "question-answering": _answering(),
+    "text-to-image": _drawing(),
+    "scene-check": _scenes(),
 }
 """Task name -> metric name -> meaning. Metrics that are only counts (items, candidates) are not listed."""
 

@@ -50,6 +50,7 @@ def evaluate(
         raise RunError(f"the tasks {', '.join(names)} contain one twice; a run keeps one result a task")
     if out_dir is not None:
         _check_writable(Path(out_dir))  # before the long work
+    check_tasks(tasks)
     results: dict[str, TaskResult] = {}
     skipped: dict[str, str] = {}
     for task in tasks:
@@ -71,6 +72,18 @@ def evaluate(
     if out_dir is not None:
         write_results(Path(out_dir), results, samples)
     return report
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Let every task that leans on files look for them, before any long work.
+
+    Raises:
+        ConfigError: something is missing, such as the evaluator of generated images.
+    """
+    for task in tasks:
+        check = getattr(getattr(task, "config", None), "check", None)
+        if callable(check):
+            check()
 
 
 def write_results(out_dir: Path, results: dict[str, TaskResult], samples: list[dict[str, Any]]) -> None:
@@ -149,5 +162,5 @@ def _samples(results: dict[str, TaskResult], source: SourceLike, split: str) -> 
     return merged
 
 
-_PREFERENCE = ("likelihood", "answers", "likeliest names", "nearest captions", "written")
+_PREFERENCE = ("drawn scene", "drawn", "likelihood", "answers", "likeliest names", "nearest captions", "written")
 """Which kind of output says most about a model, last wins."""

@@ -131,7 +131,9 @@ def leaderboard(folders: Sequence[Path]) -> None:
 
 
 def check_offline(config: RunConfig) -> None:
-    """What can be checked at once: data and weights from outside, and whether features can be cached."""
+    """What can be checked at once: data and weights from outside, the tasks' own files, and whether features can be
+    cached."""
+    from zoo.evaluation.run import check_tasks
     from zoo.frozen_features import check_cacheable
     from zoo.plugin import catalogue
 
@@ -140,6 +142,7 @@ def check_offline(config: RunConfig) -> None:
         from zoo.weights.start import checkpoint_of
 
         checkpoint_of(config.init)
+    check_tasks([catalogue()["task"].parse(name, v, name).build() for name, v in config.evaluation.tasks.items()])
     values = {k: v for k, v in config.data.items() if k != "name"}
     source = catalogue()["data"].parse(config.data["name"], values, "data").build(config.recipe.image_size)
     for split in ("train", config.evaluation.split):
