@@ -35,4 +35,10 @@ LATENTS = (
         ref="zoo.objectives.kl_reconstruction:KLReconstructionConfig",
         summary="draw the image again from latents near a unit Gaussian; trains continuous image tokenizers",
     ),
+    Component(
+        kind="objective",
+        name="adversarial",
+        ref="zoo.objectives.adversarial:AdversarialConfig",
+        summary="a discriminator of patches, against which a tokenizer learns to draw sharp images",
+    ),
 )  # fmt: skip

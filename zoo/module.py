@@ -5,8 +5,9 @@ objectives.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from zoo.errors import ConfigError, near
 from zoo.models.base import Model
 from zoo.objectives.base import Objective
 from zoo.objectives.momentum import Momentum, shared_momentum
+from zoo.own_optimizers import OwnOptimizers
 from zoo.quantized import is_quantized
 from zoo.recipe import OptimizerConfig, Recipe
 from zoo.torchvision_ops import ensure
@@ -108,6 +110,8 @@ class ZooModule(LightningModule):
         self.momentum: Momentum | None = shared_momentum(objectives.values(), model)
         self.steps: int | None = None
         self.report: dict[str, Tensor] = {}
+        self.own: OwnOptimizers | None = None
+        self._own_state: Mapping[str, Any] = {}
         self.set_stage(0)
 
     def set_stage(self, index: int) -> None:
@@ -176,8 +180,11 @@ class ZooModule(LightningModule):
         outputs = self.model(batch)
         total: Tensor | None = None
         report: dict[str, Tensor] = {}
-        for name in self.active:
-            loss, values = self.objectives[name](self.model, batch, outputs)
+        for name in sorted(self.active, key=lambda name: bool(self.objectives[name].reads_losses)):
+            given = outputs
+            if self.objectives[name].reads_losses and total is not None:
+                given = cast("Any", ChainMap({"loss": total}, cast("Any", outputs)))
+            loss, values = self.objectives[name](self.model, batch, given)
             loss = loss * self.recipe.objectives[name].weight
             total = loss if total is None else total + loss
             report[name] = loss.detach()
@@ -193,6 +200,23 @@ class ZooModule(LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         loss, self.report = self.losses(batch)
         return loss
+
+    def on_after_backward(self) -> None:
+        if self.own is not None:
+            self.report |= self.own.backward(self.active, 1 / self.trainer.accumulate_grad_batches)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """The model's step, then those of the objectives that learn themselves."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.own is not None:
+            self.own.step(self.active)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.own is not None and self.own.optimizers:
+            checkpoint["zoo_own_optimizers"] = self.own.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._own_state = checkpoint.get("zoo_own_optimizers", {})
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         _, report = self.losses(batch)
@@ -211,6 +235,9 @@ class ZooModule(LightningModule):
         steps = self.steps if self.steps is not None else int(self.trainer.estimated_stepping_batches)
         if self.momentum is not None:
             self.momentum.steps = steps
+        self.own = OwnOptimizers(dict(self.objectives.items()))
+        self.own.load_state_dict(self._own_state)
+        self._own_state = {}
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:

@@ -376,7 +376,7 @@ def start_manifest(config: RunConfig, module: ZooModule, source: Source) -> dict
         "licence": source.licence,
         "parts": parts,
         "parameters": {
-            "total": sum(p.numel() for p in module.parameters()),
+            "total": sum(p.numel() for name, p in module.named_parameters() if not name.startswith("objectives.")),
             "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
         },
         "budget": plain["budget"],

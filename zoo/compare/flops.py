@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.own_optimizers import OwnOptimizers
+
 if TYPE_CHECKING:
     from zoo.module import ZooModule
     from zoo.recipe import Recipe
@@ -22,7 +24,8 @@ class Flops:
     Attributes:
         frozen_forward: Forward through modules none of whose parameters learn.
         trainable_forward: The rest of the forward pass.
-        backward: The backward pass, which needs no weight gradients of frozen modules.
+        backward: The backward pass, which needs no weight gradients of frozen modules, and what objectives learn
+            themselves.
     """
 
     frozen_forward: int
@@ -78,6 +81,7 @@ def count(module: ZooModule, cached: bool = False) -> Flops:
     backward = FlopCounterMode(display=False)
     with backward:
         loss.backward()  # type: ignore[no-untyped-call]
+        OwnOptimizers(dict(module.objectives.items())).backward(module.active)  # what a discriminator costs
     module.zero_grad(set_to_none=True)
     module.train(was)
     return Flops(frozen // size, (both - frozen) // size, backward.get_total_flops() // size)

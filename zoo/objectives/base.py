@@ -29,16 +29,45 @@ class Objective(nn.Module):
         momentum: The run's copy, see ``zoo.objectives.momentum``; None where no objective needs one. It belongs to the
             module that trains, and is no submodule here.
         parts: Equal parts that it cuts a batch into; a batch that they divide costs what a large one costs a sample.
+        reads_losses: It is called after the others, and its outputs hold ``loss``, their weighted sum.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     momentum_rate: float | None = None
     momentum: Momentum | None = None
     parts: int = 1
+    reads_losses: bool = False
 
     def prepare(self, model: Any, momentum: Momentum | None) -> None:
         """Called once, when model and objectives are joined, before training: make buffers of the model's sizes."""
         self.__dict__["momentum"] = momentum
+
+    def open(self, model: Any) -> None:
+        """Read what it needs from disk; called before a run begins, and by ``forward`` where nobody did.
+
+        Raises:
+            ZooError: It is not there, or is something else.
+        """
+
+    # -- what an objective learns itself, with an optimizer of its own (zoo.own_optimizers): a discriminator ----------
+
+    def own_optimizer(self) -> torch.optim.Optimizer | None:
+        """A new optimizer of the parameters that are the objective's own; None = it has none.
+
+        Such parameters have no gradient but during ``own_loss``, belong to no saved model, and are in checkpoints.
+        """
+        return None
+
+    def own_loss(self) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What its own parameters learn from, after each backward pass of the model's loss: a scalar on what the last
+        ``forward`` kept, or None where there is nothing to learn yet; and scalars to log, the same ones always.
+        """
+        return None, {}
+
+    def own_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after each optimizer step of the model, the gradients being those of all ranks."""
+        optimizer.step()
+        optimizer.zero_grad()
 
     def forward(
         self, model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
