@@ -10,7 +10,7 @@ COMMANDS = {
     "show": ("zoo.cli.commands.show", "what a model is made of: parts, parameters, FLOPs, attention layout"),
     "train": ("zoo.cli.commands.train", "train and evaluate: zoo train model=clip scale=tiny (-m sweeps)"),
     "eval": ("zoo.cli.commands.eval", "evaluate a finished run or a checkpoint"),
-    "generate": ("zoo.cli.commands.generate", "text for images from a run or a checkpoint"),
+    "generate": ("zoo.cli.commands.generate", "text for images, or images from texts (--text, --edit, --mask)"),
     "chat": ("zoo.cli.commands.chat", "talk with a model about images in the terminal"),
     "report": ("zoo.cli.commands.report", "leaderboard and one HTML page over runs"),
     "demo": ("zoo.cli.commands.demo", "CLIP and three connectors compared on real images, in minutes on a CPU"),
