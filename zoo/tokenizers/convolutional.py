@@ -220,7 +220,7 @@ class ConvTokenizer(ImageTokenizer):
 
     def draw(self, vectors: Tensor) -> Tensor:
         """The images of codes' vectors: [B, h, w, C] to [B, 3, H, W]."""
-        codes = vectors.permute(0, 3, 1, 2).to(self.decoder.stem.weight.dtype)
+        codes = vectors.permute(0, 3, 1, 2).to(self.decoder.stem.weight.dtype).contiguous()  # equal codes, equal pixels
         x = codes if self.from_code is None else self.from_code(codes)
         return F.pixel_shuffle(self.decoder(x, codes if self.adaptive else None), self.fold)
 

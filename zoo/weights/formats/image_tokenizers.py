@@ -14,6 +14,7 @@ from zoo.recipe import Recipe, resolve
 from zoo.weights.formats import Official
 from zoo.weights.keymaps import KeyMap, rename
 from zoo.weights.keymaps import image_tokenizers as maps
+from zoo.weights.report import some
 
 PUBLISHED = 128
 """Channels of the first level of every published size, with 32 groups a norm; tensors do not tell groups."""
@@ -52,14 +53,30 @@ def from_state(recipe: Recipe, state: Mapping[str, Tensor]) -> Official | None:
         keymap, ignored = averaged(keymap, state), (*TRAINING, "encoder.{**}", "decoder.{**}")
     told = fields["width"] == PUBLISHED * fields["encoder_mult"][-1]
     lacks = not any(name.startswith("decoder.") for name in state)
+    own = resolve(recipe.model, values={"image_tokenizer": fields | {"groups": 32 if told else 1}})
+    _check_whole(own, keymap, state, lacks)
     return Official(
-        recipe=resolve(recipe.model, values={"image_tokenizer": fields | ({"groups": 32} if told else {"groups": 1})}),
+        recipe=own,
         keymap=keymap.under("", PART),
         form=f"{kind} (averaged weights)" if ema else kind,
         ignored=ignored,
         new=(PART + "decoder.{**}",) if lacks else (),
         unknown=() if told else (PART + "groups",),
     )
+
+
+def _check_whole(recipe: Recipe, keymap: KeyMap, state: Mapping[str, Tensor], lacks: bool) -> None:
+    """Refuse a file that does not fill the tokenizer: the groups a caller says are a change, and a change would explain
+    what is missing."""
+    import torch
+
+    config: Any = recipe.parts["image_tokenizer"][1]
+    with torch.device("meta"):
+        wanted = config.build().state_dict()
+    filled, _ = keymap.load(state)
+    lost = [name for name in wanted if name not in filled and not (lacks and name.startswith("decoder."))]
+    if lost:
+        raise WeightsError(f"the file lacks {len(lost)} tensors of the tokenizer: {some(lost)}; is it whole?")
 
 
 def from_folder(config: Mapping[str, Any], folder: Path) -> Official:
