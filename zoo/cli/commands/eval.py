@@ -17,6 +17,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", help="run directory, checkpoint folder, official file or hub id")
     parser.add_argument("--split", default=None, help="train, val or test (default: the run's, else test)")
     parser.add_argument("--tasks", default=None, help="comma-separated task names (default: the run's, else all)")
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME[,FIELD=VALUE...]",
+        help="a task with its fields, e.g. text-to-image,evaluator=RUN,items=100; may be given several times",
+    )
     parser.add_argument("--data", default=None, metavar="NAME[,FIELD=VALUE...]", help="e.g. folder,root=photos")
     parser.add_argument("--out", default=None, help="folder for metrics.json, items and samples")
     parser.add_argument("--model", help="recipe of an official file")
@@ -34,6 +41,11 @@ def main(argv: Sequence[str]) -> int:
     tasks = run.evaluation.tasks if run else EvaluationConfig().tasks
     if arguments.tasks:
         tasks = {name: tasks.get(name, {}) for name in arguments.tasks.split(",")}
+    if arguments.task:
+        asked = [parse_data(text, "--task") for text in arguments.task]
+        given = {fields.pop("name"): fields for fields in asked}
+        kept = tasks if arguments.tasks else {}
+        tasks = {**kept, **{name: {**tasks.get(name, {}), **fields} for name, fields in given.items()}}
     built = [catalogue()["task"].parse(name, fields, name).build() for name, fields in tasks.items()]
     data = parse_data(arguments.data) if arguments.data else dict(run.data) if run else {"name": "openmoji"}
     name = data.pop("name")
@@ -58,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse_data(text: str) -> dict[str, Any]:
+def parse_data(text: str, option: str = "--data") -> dict[str, Any]:
     """``"folder,root=photos,max_bad=3"`` as a mapping; values are read as JSON where they can be.
 
     Raises:
@@ -71,7 +83,7 @@ def parse_data(text: str) -> dict[str, Any]:
     for field in fields:
         key, equals, value = field.partition("=")
         if not equals:
-            raise ConfigError(f"--data: expected FIELD=VALUE, got {field!r}")
+            raise ConfigError(f"{option}: expected FIELD=VALUE, got {field!r}")
         try:
             out[key] = json.loads(value)
         except json.JSONDecodeError:
