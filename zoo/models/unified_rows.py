@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from zoo.data.sequences import TASKS, SequenceStyle, layout_of
 from zoo.data.vocabulary import Vocabulary
 from zoo.decoders.base import DecoderConfig
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, WeightsError
 from zoo.layout import Layout
 
 if TYPE_CHECKING:
-    import torch
-
     from zoo.data.text import TextTokenizer
     from zoo.data.unified_processor import UnifiedProcessor
 
@@ -58,6 +57,35 @@ class UnifiedRows(nn.Module):
         super().train(mode)
         self.image_tokenizer.eval()
         return self
+
+    def adopt(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors to start from, those of a text model alone put into the joined tables.
+
+        ``decoder.text.embed.weight`` [V, D] and ``decoder.text.head.{weight, bias}`` become the first V rows of the
+        decoder's; other rows keep their start. Show-o's Phi has 51,200 rows for 50,295 ids, so that its new tokens and
+        first codes start from rows that no text used (released ``train.py``, resize_token_embeddings).
+
+        Raises:
+            WeightsError: Fewer rows than this model has text ids.
+        """
+        names = {"embed": "decoder.embedding.tokens.", "head": "decoder.lm_head."}
+        own, out = self.state_dict(), {}
+        for name, tensor in stored.items():
+            table, _, kind = name.removeprefix("decoder.text.").partition(".")
+            if not name.startswith("decoder.text.") or table not in names:
+                out[name] = tensor
+                continue
+            target = names[table] + kind
+            if target not in own or own[target].shape[1:] != tensor.shape[1:]:
+                continue  # a tied head; another width is refused where the trunk is taken over
+            if len(tensor) < self.decoder_config.vocab_size:
+                raise WeightsError(
+                    f"the text model has {len(tensor)} ids, decoder.vocab_size is {self.decoder_config.vocab_size}: set"
+                    " it, and decoder.tokenizer, to the text model's"
+                )
+            rows = min(len(tensor), len(own[target]))
+            out[target] = torch.cat([tensor[:rows], own[target][rows:].to(tensor)])
+        return out
 
     def reconfigure(self, config: Any) -> None:
         self.config = config

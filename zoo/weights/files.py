@@ -16,11 +16,18 @@ from zoo.errors import WeightsError
 State = dict[str, Tensor]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w./-]+\.(?:safetensors|bin|pt|pth|ckpt))")
+"""A file of a hub repository: its id, a slash and the file's path in it."""
+
+PICKLED = "pytorch_model.bin"
+"""The one pickled file that is had from the hub, where a repository has no safetensors."""
+
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 def locate(source: str | Path) -> Path:
-    """The local file or folder of ``source``, downloading a hub id (safetensors and text files only).
+    """The local file or folder of ``source``, downloading a hub id (safetensors and text files; ``pytorch_model.bin``
+    where there are none) or one file of it (``owner/name/path/to/file.pt``). Nothing of it is run.
 
     Raises:
         WeightsError: Nothing is there, or the hub cannot be reached.
@@ -28,12 +35,18 @@ def locate(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if not HUB_ID.fullmatch(str(source)):
+    file = HUB_FILE.fullmatch(str(source))
+    if file is None and not HUB_ID.fullmatch(str(source)):
         raise WeightsError(f"there is no folder or file {str(source)!r}, and it is no hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=WANTED))
+        if file is not None:
+            return Path(hf_hub_download(file[1], file[2]))
+        folder = Path(snapshot_download(str(source), allow_patterns=WANTED))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(source), allow_patterns=[*WANTED, PICKLED]))
+        return folder
     except (OSError, ValueError, RuntimeError) as error:  # the hub's and the connection's errors are kinds of these
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
@@ -67,8 +80,11 @@ def stem_of(folder: Path) -> str:
     return next((stem for stem in STEMS if list(folder.glob(f"{stem}.safetensors*"))), missing)
 
 
-def read_folder(folder: Path, stem: str = "model") -> State:
+def read_folder(folder: Path, stem: str = "model", *, pickled: bool = False) -> State:
     """The tensors of ``STEM.safetensors``, or of the shards that ``STEM.safetensors.index.json`` lists.
+
+    Args:
+        pickled: Read ``pytorch_model.bin`` where there is neither, as a file of tensors and nothing else.
 
     Raises:
         WeightsError: No such file (a pickled one is named, and why it is not read), or it is damaged.
@@ -78,6 +94,8 @@ def read_folder(folder: Path, stem: str = "model") -> State:
         return read_file(whole)
     if index.is_file():
         return _read_shards(folder, index)
+    if pickled and (folder / PICKLED).is_file():
+        return read_file(folder / PICKLED)
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     hint = (
         f"; {others[0]} is there: give that file by its path with model=..., or convert it to safetensors"
@@ -128,10 +146,13 @@ def _read_safetensors(path: Path) -> State:
 
 
 def _read_torch(path: Path) -> State:
+    import argparse
     import pickle
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # a namespace of command-line arguments, which training scripts keep beside the weights, holds data only
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
         raise WeightsError(
@@ -143,7 +164,7 @@ def _read_torch(path: Path) -> State:
         raise WeightsError(f"{str(path)!r} is truncated, damaged, or a TorchScript archive ({reason})") from error
     while isinstance(content, Mapping):
         inner = next(
-            (content[k] for k in ("state_dict", "model", "module") if isinstance(content.get(k), Mapping)), None
+            (content[k] for k in ("state_dict", "model", "module", "ema") if isinstance(content.get(k), Mapping)), None
         )
         if inner is None:
             break

@@ -14,7 +14,7 @@ from zoo.models.base import Model
 from zoo.recipe import SLOTS, Recipe, resolve, split_changes
 from zoo.registry import to_plain
 from zoo.weights.files import State, locate, read_file, read_folder, read_json, stem_of
-from zoo.weights.formats import TRANSFORMERS, Official, file_format, folder_kind, transformers_format
+from zoo.weights.formats import PICKLED_KINDS, TRANSFORMERS, Official, file_format, folder_kind, transformers_format
 from zoo.weights.keymaps import KeyMap, _pattern
 from zoo.weights.report import LoadReport, some
 from zoo.weights.save import INSTRUCTION, RECIPE, TOKENIZER
@@ -105,10 +105,14 @@ def _read(source: str | Path, model: str | None, strict: bool) -> _Checkpoint:
         config = read_json(path / "config.json")
         if model is None or folder_kind(config) in TRANSFORMERS:
             official = transformers_format(config, path)
-            state = read_folder(path, stem_of(path))
+            state = read_folder(path, stem_of(path), pickled=folder_kind(config) in PICKLED_KINDS)
         else:
             state = read_folder(path, stem_of(path))
             official = _of_recipe(model, state)
+    elif (path / "params.json").is_file():
+        from zoo.weights.formats.chameleon import from_release
+
+        official, state = from_release(path)
     else:
         raise WeightsError(
             f"{str(path)!r} is no checkpoint: expected {RECIPE}, config.json or open_clip_config.json in it"

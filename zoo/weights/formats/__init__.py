@@ -28,8 +28,15 @@ TRANSFORMERS: dict[str, str] = {
     "CogVLMForCausalLM": "zoo.weights.formats.cogvlm:from_transformers",
     "chatglm": "zoo.weights.formats.visualglm:from_transformers",
     "MAGVITv2": "zoo.weights.formats.image_tokenizers:from_folder",
+    "Showo": "zoo.weights.formats.show_o:from_folder",
+    "chameleon": "zoo.weights.formats.chameleon:from_transformers",
+    "phi": "zoo.weights.formats.text_models:from_transformers",
+    "llama": "zoo.weights.formats.text_models:from_transformers",
 }
 """``model_type``, or where there is none the first of ``architectures`` or ``_class_name``, -> "module:function"."""
+
+PICKLED_KINDS = frozenset({"Showo"})
+"""Kinds of folders that were released as ``pytorch_model.bin`` alone."""
 
 FILES: dict[str, str] = dict.fromkeys(
     (
@@ -72,6 +79,15 @@ FILES |= dict.fromkeys(
     ("magvitv2", "open-magvit2", "llamagen-vq-16", "llamagen-vq-8", "chameleon-vq"),
     "zoo.weights.formats.image_tokenizers:from_state",
 )
+FILES |= dict.fromkeys(
+    (
+        *("llamagen-c2i", "llamagen-c2i-l", "llamagen-c2i-b-384", "llamagen-c2i-l-384", "llamagen-c2i-xl-384"),
+        *("llamagen-c2i-xxl-384", "llamagen-c2i-3b-384", "llamagen-t2i", "llamagen-t2i-512"),
+    ),
+    "zoo.weights.formats.llamagen:from_state",
+)
+FILES |= dict.fromkeys(("show-o", "show-o-512", "show-o-clip-vit"), "zoo.weights.formats.show_o:from_state")
+FILES |= dict.fromkeys(("chameleon-7b", "chameleon-34b"), "zoo.weights.formats.chameleon:from_state")
 """Recipe name -> "module:function"."""
 
 
