@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,27 +33,48 @@ class DrawingFields:
     """How images are drawn where a call does not say otherwise. They change no weight.
 
     Attributes:
-        sampling_steps: Forward passes over an image whose codes are masked.
+        drawing_steps: Forward passes over an image whose codes are masked.
         guidance: Weight of the text: w of (1 + w)c - wu for masked codes (Show-o), s of u + s(c - u) for codes one
             after the other; None = 1.75 and 3.0.
         image_guidance: Weight of the images that stand before one drawn code by code (Chameleon).
-        sampling_temperature: For masked codes of the noise on the choice of slots, else of the codes; None = 1.0, 0.7.
-        sampling_top_k: For codes one after the other: draw among the k likeliest; 0 = no limit.
-        sampling_top_p: For codes one after the other: draw among the fewest that hold this mass.
+        drawing_temperature: For masked codes of the noise on the choice of slots, else of the codes; None = 1.0, 0.7.
+        drawing_top_k: For codes one after the other: draw among the k likeliest; 0 = no limit.
+        drawing_top_p: For codes one after the other: draw among the fewest that hold this mass.
         mask_annealing: How that noise falls: ``product``, ``linear`` or ``linspace``; see
             ``zoo.sampling.masked.MaskedDecoding``.
         mask_start: What the number of masks is a share of when part of an image is known: ``grid`` (Show-o) or
             ``unknown`` (MaskGIT, aMUSEd).
     """
 
-    sampling_steps: int = 18
+    drawing_steps: int = 18
     guidance: float | None = None
     image_guidance: float = 1.2
-    sampling_temperature: float | None = None
-    sampling_top_k: int = 0
-    sampling_top_p: float = 0.9
+    drawing_temperature: float | None = None
+    drawing_top_k: int = 0
+    drawing_top_p: float = 0.9
     mask_annealing: str = "product"
     mask_start: str = "grid"
+
+    drawing: ClassVar[frozenset[str]] = frozenset(
+        {
+            "drawing_steps", "guidance", "image_guidance", "drawing_temperature", "drawing_top_k", "drawing_top_p",
+            "mask_annealing", "mask_start",
+        }
+    )  # fmt: skip
+
+    def check_drawing(self, schedule: str = "cosine") -> None:
+        """Refuse values that no rule knows.
+
+        Raises:
+            ValueError: One of them.
+        """
+        try:
+            self.masked_decoding(schedule)
+            self.code_decoding()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if self.image_guidance < 0:
+            raise ValueError(f"image_guidance = {self.image_guidance} must be 0 or more")
 
     def masked_decoding(self, schedule: str = "cosine") -> MaskedDecoding:
         """The rules for masked codes, whose share falls as ``schedule`` says; raises ConfigError for a value that is
@@ -61,10 +82,10 @@ class DrawingFields:
         if self.mask_start not in ("grid", "unknown"):
             raise ConfigError(f"mask_start = {self.mask_start!r}: expected grid or unknown")
         return MaskedDecoding(
-            steps=self.sampling_steps,
+            steps=self.drawing_steps,
             guidance=1.75 if self.guidance is None else self.guidance,
             schedule=schedule,
-            temperature=1.0 if self.sampling_temperature is None else self.sampling_temperature,
+            temperature=1.0 if self.drawing_temperature is None else self.drawing_temperature,
             annealing=self.mask_annealing,
             starting_ratio=1.0 if self.mask_start == "grid" else None,
         )
@@ -72,9 +93,9 @@ class DrawingFields:
     def code_decoding(self) -> CodeDecoding:
         """The rules for codes one after the other; raises ConfigError for a value that is none."""
         return CodeDecoding(
-            temperature=0.7 if self.sampling_temperature is None else self.sampling_temperature,
-            top_k=self.sampling_top_k,
-            top_p=self.sampling_top_p,
+            temperature=0.7 if self.drawing_temperature is None else self.drawing_temperature,
+            top_k=self.drawing_top_k,
+            top_p=self.drawing_top_p,
             guidance=3.0 if self.guidance is None else self.guidance,
         )
 
@@ -213,8 +234,9 @@ class DrawsImages(WritesInterleaved):
             raise ConfigError(str(error)) from None
 
     def _decoding(self, steps: int | None, guidance: float | None) -> MaskedDecoding | CodeDecoding:
+        fields: DrawingFields = self.config
         if self.style.images == "masked":
-            masked = self.config.masked_decoding(getattr(self.config, "schedule", "cosine"))
+            masked = fields.masked_decoding(getattr(fields, "schedule", "cosine"))
             return replace(
                 masked,
                 steps=masked.steps if steps is None else steps,
@@ -222,7 +244,7 @@ class DrawsImages(WritesInterleaved):
             )
         if steps is not None:
             raise ConfigError(f"steps = {steps}: this model draws its codes one after the other; leave steps out")
-        codes = self.config.code_decoding()
+        codes = fields.code_decoding()
         return codes if guidance is None else replace(codes, guidance=guidance)
 
     def _drawn(

@@ -22,7 +22,6 @@ from zoo.sampling.text import Decoding, choose, streams
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
-    from zoo.models.drawing import DrawingFields
 
 
 class WritesInterleaved(nn.Module):
@@ -30,7 +29,7 @@ class WritesInterleaved(nn.Module):
     it reads these keys and values: nothing before is computed again."""
 
     if TYPE_CHECKING:
-        config: DrawingFields
+        config: Any  # with the fields of DrawingFields
         decoder: Any
         image_tokenizer: Any
         image_config: Any
