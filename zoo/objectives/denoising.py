@@ -100,8 +100,8 @@ class Denoising(Objective):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of ``prediction`` [N, C, h, w] against ``denoising_target``, over the images that are ``noised`` [N].
 
-        Reports ``noised`` (how many). A batch without any gives a zero that is connected to the graph. With several
-        processes each divides by the mean number of images a process.
+        Reports ``error`` (the loss before its weight) and ``noised`` (how many images). A batch without any gives a
+        zero that is connected to the graph. With several processes each divides by the mean number of images a process.
         """
         prediction, noised = outputs["prediction"], outputs["noised"]
         with full_precision(prediction):
@@ -113,7 +113,7 @@ class Denoising(Objective):
             else:
                 share = count.float()
             loss = torch.where(noised, error, 0.0).sum() / share.clamp(min=1)
-        return loss, {"noised": count}
+        return loss, {"error": loss.detach(), "noised": count}
 
 
 def image_errors(prediction: Tensor, target: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from zoo.errors import ConfigError, near
 SAMPLERS = tuple(dict.fromkeys((*DDPM.samplers, *Flow.samplers)))
 """Names of the ways back, of all processes."""
 
-SPACINGS = ("trailing", "leading", "linspace")
+SPACINGS = ("leading", "trailing", "linspace")
 """How the steps of DDPM and DDIM are spread over the levels, in diffusers' words."""
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -33,15 +33,16 @@ class Denoising:
             arXiv 2210.02747 uses it) for a flow; empty = the process's first.
         steps: Of the sampler; ``rk45`` tries 1 / steps first and then chooses its own.
         eta: Of DDIM: 0 is deterministic, 1 has DDPM's variance (arXiv 2010.02502, equation 16).
-        spacing: Of DDPM and DDIM: ``trailing`` starts at the last level, noise alone (arXiv 2305.08891); ``leading``, a
-            step below it, is Stable Diffusion's; ``linspace`` has both ends.
+        spacing: Of DDPM and DDIM: ``leading`` starts a step below the last level; ``trailing`` starts there (arXiv
+            2305.08891), where the cosine schedule's signal is 5e-5 and an error of predicted noise is multiplied by its
+            inverse: for the other predictions; ``linspace`` has both ends.
         rtol, atol: Error that ``rk45`` allows in a step.
     """
 
     sampler: str = ""
     steps: int = 250
     eta: float = 0.0
-    spacing: str = "trailing"
+    spacing: str = "leading"
     rtol: float = 1e-3
     atol: float = 1e-4
 
