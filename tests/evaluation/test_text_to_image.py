@@ -199,3 +199,13 @@ def test_a_missing_or_unfit_evaluator_is_told_before_the_work(make_source: Any, 
     with pytest.raises(ConfigError, match="lacks embed_images and embed_texts"):
         evaluate(painter, make_source(), "test", [TextToImageConfig(evaluator=str(tmp_path / "vq")).build()])
     assert painter.calls == []
+
+
+def test_training_asks_for_the_evaluator_before_it_begins(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from zoo.cli import main
+
+    tasks = f"evaluation.tasks={{text-to-image:{{evaluator:{tmp_path / 'nowhere'}}}}}"
+    argv = ["train", "model=clip", "scale=tiny", "trainer.accelerator=cpu", f"out={tmp_path / 'runs'}", tasks]
+    assert main(argv) == 2
+    assert "does not exist; train one with" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "runs").exists()

@@ -25,6 +25,8 @@ from zoo.evaluation.task import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+HALVINGS = 8
+"""Ways of dividing the samples in two over which distances of sets are averaged."""
 LEAST = 4
 """Images below which two halves have no covariance."""
 
@@ -61,10 +63,11 @@ class TextToImage(DrawingTask):
       items' texts, the control. ``gain``: their difference.
     - ``r_precision``: the text is the nearest of `candidates` (drawn by the item's id from the split's other texts;
       Xu et al. 2018, "AttnGAN", section 4, with 99 others). ``mrr``: mean reciprocal rank.
-    - ``frechet``, ``kernel``, ``cmmd`` (`zoo.evaluation.distances`): the samples are halved by a hash of their id;
-      the images drawn for one half are compared with the real ones of the other, both ways, and the mean is taken.
-      No drawn image so meets the real one of its own text, and the reference, real of one half against real of the
-      other, has the same sizes and with them the same bias. Of several texts of a sample only the first counts here.
+    - ``frechet``, ``kernel``, ``cmmd`` (`zoo.evaluation.distances`): the samples are halved by a hash of their id; the
+      images drawn for one half are compared with the real ones of the other, both ways; and the mean is taken over
+      `HALVINGS` such divisions. No drawn image so meets the real one of its own text, and the reference, real of one
+      half against real of the other, has the same sizes and with them the same bias. Of several texts of a sample only
+      the first counts here.
     """
 
     name = "text-to-image"
@@ -126,9 +129,10 @@ class TextToImage(DrawingTask):
             ranked.update(ranks[:, column])
             metrics[f"r_precision{suffix}"] = float(ranked.compute()["r1"])
             metrics[f"mrr{suffix}"] = float(ranked.compute()["mrr"])
-        a, b = _halves([one.id for one in asked])
-        metrics |= distances([(drawn[first][a], real[b]), (drawn[first][b], real[a])])
-        metrics |= {f"{key}_real": value for key, value in distances([(real[a], real[b])]).items()}
+        halved = [_halves([one.id for one in asked], n) for n in range(HALVINGS)]
+        own = drawn[first]
+        metrics |= distances([pair for a, b in halved for pair in ((own[a], real[b]), (own[b], real[a]))])
+        metrics |= {f"{k}_real": v for k, v in distances([(real[a], real[b]) for a, b in halved]).items()}
         metrics |= {"images": float(len(texts)), "candidates": float(min(config.candidates, len(pool)))}
         place = {one.id: n for n, one in enumerate(asked)}
         shown = {first[place[i]]: place[i] for i in sample_ids(list(place))}
@@ -188,12 +192,12 @@ class TextToImage(DrawingTask):
         return ranks
 
 
-def _halves(ids: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Places of two halves of the samples, of equal size: every other one in the order of a hash of the id."""
-    order = {id: place for place, id in enumerate(by_hash(ids))}
-    places = sorted(range(len(ids)), key=lambda n: order[ids[n]])
+def _halves(ids: Sequence[str], number: int) -> tuple[list[int], list[int]]:
+    """Places of two halves of the samples, of equal size, by a hash of the id and the number of the halving."""
+    place = {f"{number}/{id}": n for n, id in enumerate(ids)}
+    order = [place[key] for key in by_hash(list(place))]
     size = len(ids) // 2
-    return sorted(places[:size]), sorted(places[size : 2 * size])
+    return sorted(order[:size]), sorted(order[size : 2 * size])
 
 
 def _other_scores(images: Tensor, written: Tensor, texts: Sequence[str], owner: Sequence[int]) -> Tensor:
