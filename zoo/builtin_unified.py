@@ -47,7 +47,7 @@ UNIFIED = (
     *(
         _decoder(
             f"chameleon-baseline-{name}",
-            f"the Chameleon of Transfusion's comparison, {name.upper()}: {depth} layers of width {width}, QK-norm,"
+            f"the Chameleon of Transfusion's comparison, {name}: {depth} layers of width {width}, QK-norm,"
             " norms on the branches' outputs",
             width=width, depth=depth, heads=heads, kv_heads=0, ffn=ffn, placement="branch", qk_norm="layer", tie=False,
             vocab_size=32000, context_length=4096, tokenizer="hf:meta-llama/Llama-2-7b-hf",

@@ -12,12 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.data.sequences import TASKS
 from zoo.errors import ConfigError, near
 from zoo.objectives.base import Objective
 from zoo.recipe import ObjectiveConfig
-
-TASKS = ("t2i", "mmu", "lm", "interleaved")
-"""Tasks of rows, as ``zoo.data.sequences`` numbers them."""
 
 
 @dataclass(frozen=True, kw_only=True)
