@@ -132,6 +132,28 @@ def test_both_ways_of_learning_train_in_one_recipe() -> None:
         assert not torch.equal(module.model.image_tokenizer.quantizer.codebook, before)
 
 
+@pytest.mark.parametrize(
+    ("name", "pixels", "quantizer", "adversarial"),
+    [
+        ("llamagen-vq-16", 0.0, (0.25, 1.0, 0.0), (0.5, "hinge", 0.0, 20_000)),
+        ("llamagen-vq-8", 0.0, (0.25, 1.0, 0.0), (0.5, "hinge", 0.0, 20_000)),
+        ("open-magvit2", 1.0, (0.25, 0.0, 0.1), (0.1, "non-saturating", 0.05, 0)),
+    ],
+)
+def test_recipes_have_the_releases_factors(
+    name: str, pixels: float, quantizer: tuple[float, ...], adversarial: tuple[Any, ...]
+) -> None:
+    from zoo.recipe import resolve
+
+    objectives: dict[str, Any] = dict(resolve(name).objectives)
+    draw = next(config for key, config in objectives.items() if key.endswith("q-reconstruction"))
+    assert draw.absolute == pixels
+    assert (draw.beta, draw.codebook, draw.entropy) == quantizer
+    judge = objectives["adversarial"]
+    assert (judge.weight, judge.generator, judge.lecam, judge.start) == adversarial
+    assert (judge.base, judge.layers, judge.adaptive) == (64, 3, False)
+
+
 @torch.no_grad()
 def test_as_transformers_chameleon() -> None:
     torchvision_ops.ensure()
