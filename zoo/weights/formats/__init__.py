@@ -27,6 +27,7 @@ TRANSFORMERS: dict[str, str] = {
     "cogvlm": "zoo.weights.formats.cogvlm:from_transformers",
     "CogVLMForCausalLM": "zoo.weights.formats.cogvlm:from_transformers",
     "chatglm": "zoo.weights.formats.visualglm:from_transformers",
+    "AutoencoderKL": "zoo.weights.formats.autoencoder_kl:from_folder",
     "MAGVITv2": "zoo.weights.formats.image_tokenizers:from_folder",
     "Showo": "zoo.weights.formats.show_o:from_folder",
     "chameleon": "zoo.weights.formats.chameleon:from_transformers",
@@ -56,6 +57,7 @@ FILES |= dict.fromkeys(
     ),
     "zoo.weights.formats.instructblip:from_state",
 )
+FILES |= dict.fromkeys(("kl-tokenizer", "kl-tokenizer-gan"), "zoo.weights.formats.autoencoder_kl:from_state")
 FILES |= dict.fromkeys(("coca", "coca-vit-l-14"), "zoo.weights.formats.coca:from_state")
 FILES |= dict.fromkeys(("cogvlm-base-224", "cogvlm-base-490", "cogvlm-chat"), "zoo.weights.formats.cogvlm:from_state")
 FILES |= {"visualglm-6b": "zoo.weights.formats.visualglm:from_state"}
