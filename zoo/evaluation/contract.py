@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.capabilities import EmbedImages, EmbedTexts, GenerateText, Match, ScoreText, ScoreTexts, capabilities_of
+from zoo.capabilities import (
+    EmbedImages,
+    EmbedTexts,
+    GenerateImages,
+    GenerateText,
+    Match,
+    ScoreText,
+    ScoreTexts,
+    capabilities_of,
+)
 
 
 def check_capabilities(
@@ -54,6 +63,8 @@ def check_capabilities(
         together = model.generate_text(images, max_new_tokens=max_new_tokens)
         alone = [model.generate_text([image], max_new_tokens=max_new_tokens)[0] for image in images]
         assert together == alone, f"generate_text depends on the batch: {together} together, {alone} alone"
+    if isinstance(model, GenerateImages):
+        _check_drawn(model, texts, tolerance)
     assert getattr(model, "training", None) == was_training, "a capability changed the training mode"
     return capabilities_of(model)
 
@@ -67,6 +78,21 @@ def _alike(name: str, call: Callable[..., Tensor], columns: tuple[list[Any], ...
     worst = float((together - alone).abs().max())
     assert worst <= tolerance, f"{name} depends on the batch: rows differ by {worst:.2e}, allowed {tolerance:.0e}"
     return together
+
+
+def _check_drawn(model: GenerateImages, texts: list[str], tolerance: float) -> None:
+    """Images in [0, 1] that follow from the text, the seed and the row: the first row alone is the first of all."""
+    state = torch.get_rng_state()
+    images = model.generate_images(texts, seed=1)
+    assert torch.equal(state, torch.get_rng_state()), "generate_images moves the global random state"
+    assert images.ndim == 4, f"generate_images gives {tuple(images.shape)}, expected (N, 3, H, W)"
+    assert images.shape[:2] == (len(texts), 3), f"generate_images gives {tuple(images.shape)} for {len(texts)} texts"
+    assert images.dtype == torch.float32, f"generate_images gives {images.dtype}, expected float32"
+    assert not images.requires_grad, "generate_images keeps gradients: run it under torch.inference_mode"
+    assert bool(((images >= 0) & (images <= 1)).all()), "generate_images gives values that are not within 0 and 1"
+    assert torch.equal(images, model.generate_images(texts, seed=1)), "generate_images differs with the same seed"
+    worst = float((images[:1] - model.generate_images(texts[:1], seed=1)).abs().max())
+    assert worst <= tolerance, f"generate_images depends on the batch: row 0 differs by {worst:.2e}"
 
 
 def _check_unit(name: str, vectors: Tensor, count: int) -> None:
