@@ -38,7 +38,7 @@ class Vocabulary:
         if len(set(self.specials)) != len(self.specials):
             raise ConfigError(f"special tokens {', '.join(self.specials)}: expected each name once")
         inside = {name: place for name, place in self.places.items() if not 0 <= place < self.text}
-        if inside or self.code_place + self.codes > self.text:
+        if inside or (self.code_place >= 0 and self.code_place + self.codes > self.text):
             raise ConfigError(
                 f"special tokens {dict(self.places)} and {self.codes} codes from {self.code_place} do not lie inside a"
                 f" text vocabulary of {self.text}: set wiring.inside=false to let them follow it"
