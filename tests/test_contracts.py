@@ -19,8 +19,9 @@ from zoo.plugin import Plugin, catalogue, registered
 from zoo.registry import Component
 from zoo.testing.plugins import CHECKS
 
-OWN_TESTS = {("decoder", "smollm2-135m"), ("tokenizer", "smollm2")}
-"""Parts with trained weights of an extra: tests/decoders/test_smollm2.py holds them to their contract."""
+OWN_TESTS = {("decoder", "smollm2-135m"), ("tokenizer", "smollm2"), ("objective", "perceptual")}
+"""What needs trained weights: tests/decoders/test_smollm2.py and tests/objectives/test_perceptual.py hold them to their
+contract."""
 
 BUILTIN = [(c.kind, c.name) for c in PLUGIN.components if c.kind != "model" and (c.kind, c.name) not in OWN_TESTS]
 RECIPES = sorted(path.stem for path in (plugin.conf_dir() / "model").glob("*.yaml"))

@@ -432,7 +432,7 @@ TASKS = (
         kind="task",
         name="reconstruction",
         ref="zoo.evaluation.reconstruction:ReconstructionConfig",
-        summary="PSNR of images drawn from their codes, and how many codes are used",
+        summary="PSNR and SSIM of images drawn from their codes or latents, and how many codes are used",
     ),
     Component(
         kind="task",

@@ -37,6 +37,12 @@ LATENTS = (
     ),
     Component(
         kind="objective",
+        name="perceptual",
+        ref="zoo.objectives.perceptual:PerceptualConfig",
+        summary="distance in the features of a frozen network given by path: an encoder of the zoo, or LPIPS on VGG-16",
+    ),
+    Component(
+        kind="objective",
         name="adversarial",
         ref="zoo.objectives.adversarial:AdversarialConfig",
         summary="a discriminator of patches, against which a tokenizer learns to draw sharp images",

@@ -414,6 +414,8 @@ def train(
 ) -> None:
     """Run the stages that are not complete yet."""
     record.reset_peak_memory()
+    for objective in module.objectives.values():
+        objective.open(module.model)  # type: ignore[operator]
     from zoo.data.loader import loader
     from zoo.data.order import training_order
 

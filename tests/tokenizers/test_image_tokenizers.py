@@ -215,10 +215,29 @@ def test_task_measures_held_out_images(tmp_path: Path) -> None:
     values = result["metrics"]["reconstruction"]
     assert values["images"] == 5
     assert 1 <= values["perplexity"] <= values["codes_used"] <= 5 * 16
+    assert values["codebook_share"] == values["codes_used"] / module.model.codebook_size
     ids = [row["item"] for row in result["results"]["reconstruction"].items]
     images = [source.sample(i).image for i in ids]
     error = (module.reconstruct_images(images) - module.prepared_images(images)).square().flatten(1).mean(1)
     assert values["psnr"] == pytest.approx(float((-10 * error.log10()).mean()), abs=1e-3)
+    drawn, wanted = module.reconstruct_images(images), module.prepared_images(images)
+    assert values["l1"] == pytest.approx(float((drawn - wanted).abs().mean()), abs=1e-5)
+    assert values["ssim"] == pytest.approx(ssim(drawn, wanted), abs=1e-4)
+
+
+def ssim(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Wang et al. 2004, with its Gaussian window; borders reflected, as torchmetrics has it."""
+    line = torch.exp(-((torch.arange(11.0) - 5) ** 2) / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
+
+    def local(z: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.pad(z, (5, 5, 5, 5), mode="reflect"), window, groups=3)
+
+    mx, my = local(x), local(y)
+    vx, vy, cov = local(x * x) - mx**2, local(y * y) - my**2, local(x * y) - mx * my
+    above = (2 * mx * my + 0.01**2) * (2 * cov + 0.03**2)
+    below = (mx**2 + my**2 + 0.01**2) * (vx + vy + 0.03**2)
+    return float((above / below).mean())
 
 
 # -- stored codes ------------------------------------------------------------------------------------------------------

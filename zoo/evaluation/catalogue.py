@@ -214,7 +214,25 @@ METRICS: dict[str, dict[str, MetricInfo]] = {
             label="PSNR",
             numerator="psnr",
             primary=True,
-            help="of images drawn from their codes, in dB",
+            help="of images drawn from their codes or latents, in dB",
+        ),
+        "ssim": MetricInfo(
+            label="SSIM",
+            numerator="ssim",
+            help="structural similarity of images and what is drawn of their codes or latents, at most 1",
+        ),
+        "l1": MetricInfo(
+            label="L1",
+            higher_is_better=False,
+            numerator="l1",
+            detail=True,
+            help="mean absolute error of values from 0 to 1",
+        ),
+        "codebook_share": MetricInfo(
+            label="codebook used",
+            percent=True,
+            detail=True,
+            help="share of the codebook that the split's patches use",
         ),
         "codes_used": MetricInfo(
             label="codes used", detail=True, help="different codes among all patches of the split"
