@@ -321,10 +321,11 @@ def collate(
         trim: Leave out the pads in front that all rows with such have: no number of a real token changes.
 
     Returns:
-        ``input_ids`` [B, T] int64 (``slot_id`` at image places), ``segment`` [B, T] int64 (``segments_of``), ``labels``
-        [B, T] int64, ``image_slots`` [B, T] bool, ``task`` [B] int64 (place in ``TASKS``), and of the N images in the
-        order of their slots ``image_given`` [N] bool, ``image_first`` [N] bool (they stand before their caption) and
-        ``image_drawn`` [N] bool (their codes are to be predicted); images that an encoder reads are not among these.
+        ``input_ids`` [B, T] int64 (``slot_id`` at image places), ``attention_mask`` [B, T] bool (False at pads),
+        ``segment`` [B, T] int64 (``segments_of``), ``labels`` [B, T] int64, ``image_slots`` [B, T] bool, ``task`` [B]
+        int64 (place in ``TASKS``), and of the N images in the order of their slots ``image_given`` [N] bool,
+        ``image_first`` [N] bool (they stand before their caption) and ``image_drawn`` [N] bool (their codes are to be
+        predicted); images that an encoder reads are not among these.
 
     Raises:
         DataError: A row has more than ``MOST_IMAGES`` images.
@@ -345,6 +346,7 @@ def collate(
     coded = [row for row in rows if not (style.features and row.task == "mmu")]
     return {
         "input_ids": ids,
+        "attention_mask": real,
         "segment": segments_of(ids, real, style, vocabulary),
         "labels": labels,
         "image_slots": ids == vocabulary.slot_id,
