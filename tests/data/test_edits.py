@@ -21,8 +21,9 @@ from zoo.data.preview import CELL, sheet
 from zoo.data.processor import images_of
 from zoo.data.sample import data_hash, interleaved, parts_of
 from zoo.data.scenes import ScenesConfig, owner
-from zoo.data.scenes_edits import KINDS, Edit, apply, form, wordings
-from zoo.data.scenes_layout import BACKGROUNDS, Placed, Scene, beside
+from zoo.data.scenes_edits import KINDS, LARGEST, Edit, apply, form, resized, wordings
+from zoo.data.scenes_layout import BACKGROUNDS, Placed, Scene, beside, sizes
+from zoo.data.stories import SIDES
 from zoo.errors import ConfigError, DataError
 
 SIDE = 48
@@ -275,6 +276,15 @@ def test_wordings_say_the_same(edits: Edits) -> None:
     )
     assert wordings(Edit("remove", (0, 2), (), "cat"))[1] == "take every cat icon away"
     assert wordings(Edit("replace", (0,), (), "cat", "owl"))[1] == "turn the cat into an owl icon"
+
+
+def test_sides_stay_those_of_scenes() -> None:
+    assert max(sizes(1)) == LARGEST
+    small, large = Placed("a", "a", 0, 0, min(sizes(16))), Placed("a", "a", 8, 8, LARGEST)
+    assert resized(small, "smaller") is None
+    assert resized(large, "larger") is None
+    assert resized(large, "smaller") == Placed("a", "a", 16, 16, 32)
+    assert set(SIDES) == set(sizes(4))
 
 
 def test_apply_leaves_order_and_the_rest() -> None:

@@ -23,7 +23,8 @@ FAR = 8
 CORNERS = ("upper left", "upper right", "lower left", "lower right")
 EDGES = {"left": "left", "right": "right", "above": "top", "below": "bottom"}
 """Direction -> the edge of the picture that lies there."""
-LARGEST = int(0.8 * UNITS) // STEP * STEP
+LARGEST = 48
+"""Units that a side may have at most: that of an icon alone in a scene."""
 OF = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 

@@ -15,7 +15,7 @@ from zoo.data.scenes import ATTEMPTS, ScenesConfig, described
 from zoo.data.scenes_derived import Derived
 from zoo.data.scenes_edits import Edit, apply, draw, filled, form
 from zoo.data.scenes_icons import IconPool
-from zoo.data.scenes_layout import BACKGROUNDS, UNITS, Placed, Scene, Stream, sizes
+from zoo.data.scenes_layout import BACKGROUNDS, UNITS, Placed, Scene, Stream
 from zoo.data.scenes_render import Renderer
 from zoo.data.scenes_texts import an, prompt
 from zoo.errors import ConfigError, DataError
@@ -25,8 +25,8 @@ RULES = 1
 FRAMES = (2, 8)
 COMPANIONS = 2
 """Others that may be with the character at one time."""
-SIDES = sizes(4)
-"""Sides of the character in the opening, in units."""
+SIDES = (16, 20, 24)
+"""Sides of the character in the opening, in units: those of icons in scenes of four."""
 
 _OPENINGS = ("once there was {a}", "this is a story about {a}", "here comes {a}", "look, there is {a}")
 _EVENTS: dict[str, tuple[str, ...]] = {
