@@ -214,3 +214,25 @@ def test_a_batch_needs_pixels_codes_or_latents(tmp_path: Path) -> None:
     assert not torch.equal(drawn, mean)
     with pytest.raises(ConfigError, match="neither pixel_values nor image_latents"):
         model.tokenize_images({})
+
+
+@pytest.mark.parametrize("model", ["show-o", "transfusion"])
+def test_the_unified_wirings_read_the_cache(model: str, tmp_path: Path) -> None:
+    own = ["decoder.depth=1", "evaluation.tasks={}"]
+    own += ["image_tokenizer.width=32", "image_tokenizer.groups=2"] if model == "transfusion" else []
+    losses = []
+    for name, cache in (("plain", "false"), ("cached", "true")):
+        folder = tmp_path / name
+        folder.mkdir()
+        run_config(
+            [
+                f"model={model}", "scale=tiny", "batch_size=4", "budget.value=2", "trainer.log_every=1",
+                "++wiring.augment=none", "trainer.accelerator=cpu", f"trainer.cache_dir={tmp_path / 'cache'}",
+                "stages=[{name: all, train: [decoder]}]", f"trainer.cache_features={cache}", *own,
+            ]
+        ).write(folder / "run.yaml")  # fmt: skip
+        run(folder)
+        losses.append(curve(folder))
+    assert manifest(tmp_path / "cached")["features"]["computed"] == 8
+    for (step, a), (_, b) in zip(*losses, strict=True):
+        assert a == pytest.approx(b, abs=5e-6), step
