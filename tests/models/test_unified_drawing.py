@@ -202,6 +202,12 @@ def test_bad_calls(show_o: MaskedUnified, chameleon: Unified) -> None:
     assert show_o.generate_images([]).shape == (0, 3, 64, 64)
 
 
+def test_stored_codes_cannot_be_drawn(show_o: MaskedUnified, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show_o.image_tokenizer, "stored", True)
+    with pytest.raises(ConfigError, match="stores codes and draws no pixels"):
+        show_o.generate_images(["a cat"])
+
+
 def test_fields_of_the_wiring_are_checked() -> None:
     for field in ("drawing_steps=0", "mask_annealing=cosine", "mask_start=all", "drawing_top_p=0.0", "guidance=-2.0"):
         name, value = field.split("=")

@@ -234,6 +234,8 @@ class DrawsImages(WritesInterleaved):
             raise ConfigError(str(error)) from None
 
     def _decoding(self, steps: int | None, guidance: float | None) -> MaskedDecoding | CodeDecoding:
+        if self.image_tokenizer.stored:
+            raise ConfigError("this recipe's image tokenizer stores codes and draws no pixels: choose one that does")
         fields: DrawingFields = self.config
         if self.style.images == "masked":
             masked = fields.masked_decoding(getattr(fields, "schedule", "cosine"))
