@@ -14,10 +14,15 @@ from torch import Tensor
 from zoo.data.sequences import Image, Text, Words, collate, layout_of, segments_of, write_row
 from zoo.decoders.trunk_lm import TrunkLMConfig
 from zoo.errors import ConfigError
+from zoo.layout import TokenBatch
 from zoo.models.unified import Unified, UnifiedConfig
 from zoo.objectives.masked_image_tokens import MaskedImageTokensConfig, draw_masks
 from zoo.objectives.next_token import NextTokenConfig
-from zoo.sampling.text import Decoding
+from zoo.sampling.codes import CodeDecoding, probabilities
+from zoo.sampling.guidance import image_text_weights
+from zoo.sampling.guidance import mixed as mixed_logits
+from zoo.sampling.guidance import weights as guidance_weights
+from zoo.sampling.text import Decoding, ids_seen, penalised
 from zoo.tokenizers.base import ImageTokenizer, ImageTokenizerConfig
 from zoo.weights.keymaps import chameleon, load_into, phi
 from zoo.weights.keymaps.llama import ffn_width
@@ -290,8 +295,6 @@ def test_chameleon(golden: Callable[[str], Any], name: str, swin: bool) -> None:
 
 
 def batch_of(model: Unified, ids: Tensor, layout: Any) -> Any:
-    from zoo.layout import TokenBatch
-
     return TokenBatch(model.decoder.embed(ids), layout)
 
 
@@ -343,3 +346,42 @@ def test_a_vocabulary_that_does_not_hold_the_codes(golden: Callable[[str], Any])
         Unified(replace(UnifiedConfig(), style="transfusion"), TrunkLMConfig(), PixelCodesConfig(), 0)
     with pytest.raises(ConfigError, match=r"leave -3 tokens for text in decoder.context_length = 16"):
         Unified(UnifiedConfig(), TrunkLMConfig(context_length=16), PixelCodesConfig(), 0)
+
+
+def test_chameleon_s_guidance_and_its_order(golden: Callable[[str], Any]) -> None:
+    """Three branches in the published form, then the codes alone, then temperature, then the nucleus."""
+    g = golden("chameleon")
+    logits = g.inputs["cfg_logits"]
+    model = chameleon_model(g.config, False)
+    three = mixed_logits(logits, image_text_weights(3.0, 1.2))
+    torch.testing.assert_close(three, g.outputs["cfg_mixed"][:2], **TOLERANCE)
+    torch.testing.assert_close(
+        mixed_logits(logits, guidance_weights(2.5, "scale")), g.outputs["cfg_mixed_two"][:3], **TOLERANCE
+    )
+    full = mixed_logits(logits, image_text_weights(1.0, 1.0))
+    assert torch.equal(full, logits[:2])  # scales of 1 are the plain conditional model
+    p = probabilities(three[:, model.vocabulary.code_ids], CodeDecoding(temperature=0.7, top_p=0.9))
+    p = p / p.sum(-1, keepdim=True)
+    expected = g.outputs["cfg_image_probs"][:2]
+    torch.testing.assert_close(p, expected[:, model.vocabulary.code_ids], **TOLERANCE)
+    torch.testing.assert_close(expected[:, model.vocabulary.code_ids].sum(-1), torch.ones(2), **TOLERANCE)
+    seen = ids_seen(g.inputs["penalty_ids"], logits.shape[1])
+    torch.testing.assert_close(penalised(logits, seen, 1.2), g.outputs["repetition_penalised"], **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "swin"), [("prenorm", False), ("swin", True)])
+def test_chameleon_draws_the_likeliest_codes(golden: Callable[[str], Any], name: str, swin: bool) -> None:
+    g = golden("chameleon")
+    model = chameleon_model(g.config, swin)
+    load_into(model, g.weights, chameleon.keymap(**HEAD), allow_ignored=("model.vqmodel.{**}", "official_vqgan.{**}"))
+    ids = F.pad(g.outputs["ids_with_image"], (0, 1), value=g.config["boi"])
+    real = F.pad(g.inputs["attention_mask"].bool(), (0, 1), value=True)
+    layout = layout_of(segments_of(ids, real, model.style, model.vocabulary).clamp(max=0), model.style)
+    cache, embeds, written = model.decoder.new_cache(), model.decoder.embed(ids), []
+    for _ in range(model.places):
+        hidden = model.decoder(TokenBatch(embeds, layout), cache)[:, -1]
+        codes = model.code_logits(hidden).argmax(-1)  # [B]; no other column is computed
+        written.append(codes)
+        embeds, layout = model.code_embeds(codes[:, None]), layout.append("text")
+    assert torch.equal(torch.stack(written, 1) + model.vocabulary.first_code, g.outputs[f"{name}_image_generated"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from zoo.data.sequences import TASKS, SequenceStyle, layout_of
+from zoo.data.sequences import IGNORE, TASKS, Row, SequenceStyle, layout_of
 from zoo.data.vocabulary import Vocabulary
 from zoo.decoders.base import DecoderConfig
 from zoo.errors import ConfigError, WeightsError
@@ -171,7 +171,7 @@ class UnifiedRows(nn.Module):
 
     def layouts(self) -> dict[str, Layout]:
         """A row of each task with a caption of typical length."""
-        tasks = list(dict.fromkeys(self._example_order(len(TASKS))))
+        tasks = self._example_tasks
         rows = self._example_rows(len(tasks))
         return {
             task: layout_of(rows["segment"][i : i + 1], self.style, slots=rows["image_slots"][i : i + 1])
@@ -180,15 +180,41 @@ class UnifiedRows(nn.Module):
 
     def _example_order(self, batch_size: int) -> list[str]:
         """The tasks of an example batch: those that are trained, in turn."""
-        tasks = [task for task in TASKS if (self.config.tasks or dict(self.style.tasks)).get(task)]
+        tasks = self._example_tasks
         return [tasks[i % len(tasks)] for i in range(batch_size)]
 
-    def _example_rows(self, batch_size: int) -> dict[str, Tensor]:
-        """Rows of the tasks in turn, of one length: a caption and an image each."""
-        from zoo.data.sequences import Image, Text, Words, collate, write_row
+    @property
+    def _example_tasks(self) -> list[str]:
+        return [task for task in TASKS if (self.config.tasks or dict(self.style.tasks)).get(task)]
 
-        pad = self.vocabulary.id("pad") if "pad" in self.style.specials else 0
-        words, text = Words(1, 2, pad), Text((3,) * self.typical_text)
+    @property
+    def typical_targets(self) -> int:
+        """Targets of the next token in a row, on average over the tasks, as FLOP counts assume."""
+        counts = []
+        for row in self._example_list(len(self._example_tasks)):
+            own: set[int] = set()  # what is predicted in its own place
+            if self.style.images == "masked":
+                own = {self.vocabulary.slot_id}
+                if row.task == "t2i":
+                    own |= {self.vocabulary.id(self.style.start), self.vocabulary.id(self.style.end)}
+            pairs = zip(row.ids[1:], row.labels[1:], strict=True)
+            counts.append(sum(label != IGNORE and id not in own for id, label in pairs))
+        return max(1, round(sum(counts) / len(counts)))
+
+    def _example_rows(self, batch_size: int) -> dict[str, Tensor]:
+        """Rows of the tasks in turn, padded to one length: a caption and an image each."""
+        from zoo.data.sequences import collate
+
+        return collate(self._example_list(batch_size), self.style, self.vocabulary, self._example_pad, trim=True)
+
+    @property
+    def _example_pad(self) -> int:
+        return self.vocabulary.id("pad") if "pad" in self.style.specials else 0
+
+    def _example_list(self, batch_size: int) -> list[Row]:
+        from zoo.data.sequences import Image, Text, Words, write_row
+
+        words, text = Words(1, 2, self._example_pad), Text((3,) * self.typical_text)
         rows = []
         for task in self._example_order(batch_size):
             image = Image(self._places_of(task))
@@ -200,7 +226,7 @@ class UnifiedRows(nn.Module):
                     length=self.row_length, text_length=self.text_length,
                 )
             )  # fmt: skip
-        return collate(rows, self.style, self.vocabulary, pad, trim=True)
+        return rows
 
     def _places_of(self, task: str) -> int:
         return self.places

@@ -75,7 +75,7 @@ class MaskedImageTokens(Objective):
         """Reports ``masked_image_token`` (nats a target), ``codes`` (targets) and ``accuracy`` in [0, 1]."""
         hidden, targets = outputs["hidden"], outputs["code_targets"]
         if targets.is_meta:  # counting FLOPs: 64 % of the codes are hidden on average (mean cosine)
-            places = max(1, round(0.64 * model.places)) * max(1, batch["image_drawn"].shape[0])
+            places = (2 + round(0.64 * model.places)) * max(1, batch["image_drawn"].shape[0])
             chosen, wanted = hidden.flatten(0, 1)[:places], targets.flatten()[:places]
         else:
             kept = targets != IGNORE  # [B, T]
