@@ -291,7 +291,7 @@ def times_lr(recipe: Recipe, factor: float) -> Recipe:
     return dataclasses.replace(recipe, optimizer=own, stages=stages)
 
 
-SHOWN_DATA = ("blank_images", "shuffled_captions", "trusted", "split_scheme", "language")
+SHOWN_DATA = ("blank_images", "text_only", "questions", "shuffled_captions", "trusted", "split_scheme", "language")
 """Data fields that set two runs of one model apart in their names."""
 
 
