@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,10 @@ from zoo.objectives.next_token import NextTokenConfig
 from zoo.recipe import resolve
 from zoo.sampling.codes import CodeDecoding, CodeStreams
 from zoo.sampling.text import streams
+from zoo.tokenizers.stored import write_codes
 from zoo.tokenizers.vq import VQConfig
+from zoo.weights.save import save
+from zoo.weights.start import start_from
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 DECODER = CodeLMConfig(width=32, depth=2, heads=4, ffn=64, dropout=0.0)
@@ -388,6 +392,33 @@ def test_grids_of_both_tokenizers(model: str, tokenizer: str, grid: int) -> None
 def test_a_text_encoder_or_connector_may_be_exchanged() -> None:
     module = zoo.build("llamagen-t2i-joint", scale="tiny", text_encoder="clip-text-512", connector="mlp")
     assert module.generate_images(["red apple"], seed=1).shape == (1, 3, 64, 64)
+
+
+def test_codes_that_are_stored_are_learned_and_cannot_be_drawn(tmp_path: Path) -> None:
+    ids, path = ["a", "b"], tmp_path / "codes.safetensors"
+    write_codes(path, ids, torch.arange(32).view(2, 16), 1024)
+    module = zoo.build("llamagen-c2i", scale="tiny", image_tokenizer={"name": "stored-codes", "path": str(path)})
+    picture = Image.new("RGB", (64, 64))
+    batch = module.model.processor([Sample(id, picture, ("flag",), {}) for id in ids])
+    assert batch["image_codes"].tolist() == torch.arange(32).view(2, 16).tolist()
+    assert torch.equal(module.model(batch)["targets"], batch["image_codes"])
+    with pytest.raises(ConfigError, match="stored-codes cannot draw images"):
+        module.generate_images(["flag"])
+    with pytest.raises(ConfigError, match=r"set wiring\.augment=none"):
+        zoo.build(
+            "llamagen-c2i", scale="tiny", image_tokenizer={"name": "stored-codes", "path": str(path)},
+            wiring={"augment": "flip"},
+        )  # fmt: skip
+
+
+def test_the_image_tokenizer_comes_from_a_run_of_its_own(tmp_path: Path) -> None:
+    trained = zoo.build("llamagen-vq-16", scale="tiny", seed=3)
+    save(trained.model, trained.recipe, tmp_path / "vq")
+    module = zoo.build("llamagen-c2i", scale="tiny", seed=4)
+    report = start_from(module.model, tmp_path / "vq")
+    wanted = trained.model.image_tokenizer.state_dict()
+    assert all(torch.equal(t, wanted[name]) for name, t in module.model.image_tokenizer.state_dict().items())
+    assert {name.split(".")[0] for name in report.new} == {"classes", "decoder"}
 
 
 def test_a_continuous_image_tokenizer_is_refused() -> None:
