@@ -64,6 +64,7 @@ class MaskedImageTokens(Objective):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "code_targets"})
+    parts = 3  # a typical batch holds rows of three tasks, of which this is one's loss
 
     def __init__(self, config: MaskedImageTokensConfig) -> None:
         super().__init__()
