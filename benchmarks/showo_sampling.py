@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--words", type=int, default=TEXT - 2, help="tokens of the prompts; fewer are padded to 129")
     parser.add_argument("--guidance", type=float, default=1.75)
     parser.add_argument("--rounds", type=int, default=3)
