@@ -411,6 +411,17 @@ def test_wrong_fields_and_parts() -> None:
         decoder(head_bias=True, tie=True)
     with pytest.raises(ValueError, match=r"unknown task 'lmm'.*lm"):
         NextTokenConfig(tasks={"lmm": 0.1})
+    outputs = {"hidden": torch.zeros(1, 2, 32), "targets": torch.zeros(1, 2, dtype=torch.long)}
+    with pytest.raises(ConfigError, match="does not say whose rows are whose"):
+        NextTokenConfig(tasks={"lm": 0.1}).build()(make("chameleon"), {}, outputs)
+
+
+def test_flop_counts_assume_as_many_targets_as_there_are() -> None:
+    for name in ("show-o", "chameleon"):
+        model = make(name).eval()
+        batch = model.example_batch(6)
+        outputs = model(batch)
+        assert round(int((outputs["targets"] >= 0).sum()) / 6) == model.typical_targets
 
 
 # -- published sizes ---------------------------------------------------------------------------------------------------
