@@ -106,7 +106,7 @@ def test_the_tried_seed_is_not_trained_again(swept: Path, tmp_path: Path) -> Non
         (["tune=lr3", f"tune.metric={METRIC}", "lr_factor=3"], ["lr_factor", "tune"]),
         (["lr_factor=0"], ["lr_factor", "above 0"]),
         ([f"tune.metric={METRIC}"], ["no factors", "tune=lr3"]),
-        (["tune=null"], ["tune=null", "lr3, none"]),
+        (["tune=null"], ["tune=null", "lr3, lr3-up, none"]),
     ],
 )
 def test_mistakes_are_found_before_the_first_trial(changes: list[str], words: list[str], tmp_path: Path) -> None:
