@@ -145,7 +145,8 @@ class Block(nn.Module):
         return torch.cat([part for part in parts if part.shape[1]], 1)
 
     def _drop(self, branch: Tensor, scale: Tensor | None) -> Tensor:
-        branch = self.dropout(branch)
+        if self.training and self.dropout.p:  # while writing token by token even a call that does nothing costs
+            branch = self.dropout(branch)
         if scale is not None:
             branch = branch * scale
         if self.training and self.drop_path > 0.0:  # stochastic depth, a whole sample at once
