@@ -16,7 +16,6 @@ from zoo.data.sequences import Image, Text, collate, layout_of, segments_of, wri
 from zoo.diffusion.noising import DDPM, Flow
 from zoo.errors import ConfigError, DataError
 from zoo.layout import TokenBatch
-from zoo.plugin import catalogue
 from zoo.sampling.block import Prefix
 from zoo.sampling.diffusion import Denoising, denoise, gaussian
 from zoo.sampling.text import streams
@@ -228,29 +227,6 @@ def test_both_processes_train_and_draw(recipe: str) -> None:
     drawn = module.generate_images(["a", "b"], steps=3)
     assert drawn.shape == (2, 3, 32, 32)
     assert torch.isfinite(drawn).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "depth", "heads", "head", "millions"),
-    [
-        ("0.16b", 768, 16, 12, 64, 162), ("0.37b", 1024, 24, 16, 64, 374), ("0.76b", 1536, 24, 24, 64, 778),
-        ("1.4b", 2048, 24, 16, 128, 1364), ("7b", 4096, 32, 32, 128, 6738),
-    ],
-)  # fmt: skip
-def test_the_five_sizes_of_table_2(name: str, width: int, depth: int, heads: int, head: int, millions: int) -> None:
-    config = catalogue()["decoder"].parse(f"transfusion-{name}")
-    with torch.device("meta"):
-        model: Any = zoo.build("transfusion", decoder=f"transfusion-{name}").model
-    assert round((sum(p.numel() for p in model.decoder.parameters()) - 2 * 2 * width) / 1e6) == millions
-    trunk = config.trunk()
-    assert (trunk.width, trunk.depth, trunk.heads, trunk.keys) == (width, depth, heads, heads)
-    assert trunk.width // trunk.heads == head == trunk.rope
-    assert (trunk.norm, trunk.placement, trunk.gated, trunk.act, trunk.bias) == ("rms", "pre", True, "silu", "")
-    assert trunk.ffn % 256 == 0 <= trunk.ffn - 8 * width / 3 < 256
-    assert model.vocabulary.size == 32002
-    assert model.places == 256  # patches of 2 of 32 x 32 latents
-    assert model.patch_codec.patch_in.weight.shape == (width, 32)
-    assert model.decoder.lm_head.weight.shape == (32002, width)
 
 
 # -- drawing -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import zoo
 from zoo.data.sequences import segments_of, style
 from zoo.decoders.trunk_lm import TrunkLMConfig
 from zoo.diffusion.noising import DDPM
@@ -19,6 +20,7 @@ from zoo.objectives.denoising import DiffusionConfig, image_errors
 from zoo.objectives.next_token import NextTokenConfig
 from zoo.patch_codecs.base import patchify
 from zoo.patch_codecs.linear import LinearCodecConfig
+from zoo.plugin import catalogue
 from zoo.tokenizers.kl import KLConfig
 from zoo.weights.keymaps import KeyMap, rename
 
@@ -152,3 +154,26 @@ def test_the_time_reaches_the_wiring_as_an_index(g: Any, model: UnifiedLatent, b
     off = model(batch | {"image_time": g.inputs["t"] + 1})["prediction"]
     assert (right - off).abs().max() > 1e-4
     assert dataclasses.asdict(DiffusionConfig())["noise_limit"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "heads", "head", "millions"),
+    [
+        ("0.16b", 768, 16, 12, 64, 162), ("0.37b", 1024, 24, 16, 64, 374), ("0.76b", 1536, 24, 24, 64, 778),
+        ("1.4b", 2048, 24, 16, 128, 1364), ("7b", 4096, 32, 32, 128, 6738),
+    ],
+)  # fmt: skip
+def test_the_five_sizes_of_table_2(name: str, width: int, depth: int, heads: int, head: int, millions: int) -> None:
+    config = catalogue()["decoder"].parse(f"transfusion-{name}")
+    with torch.device("meta"):
+        model: Any = zoo.build("transfusion", decoder=f"transfusion-{name}").model
+    assert round((sum(p.numel() for p in model.decoder.parameters()) - 2 * 2 * width) / 1e6) == millions
+    trunk = config.trunk()
+    assert (trunk.width, trunk.depth, trunk.heads, trunk.keys) == (width, depth, heads, heads)
+    assert trunk.width // trunk.heads == head == trunk.rope
+    assert (trunk.norm, trunk.placement, trunk.gated, trunk.act, trunk.bias) == ("rms", "pre", True, "silu", "")
+    assert trunk.ffn % 256 == 0 <= trunk.ffn - 8 * width / 3 < 256
+    assert model.vocabulary.size == 32002
+    assert model.places == 256  # patches of 2 of 32 x 32 latents
+    assert model.patch_codec.patch_in.weight.shape == (width, 32)
+    assert model.decoder.lm_head.weight.shape == (32002, width)
