@@ -22,6 +22,9 @@ from zoo.layout import ALL, PAST, Layout, Segment, lay_out
 TASKS = ("t2i", "mmu", "lm", "interleaved")
 """Kinds of rows, by their number in a batch's ``task``: image from text, text from an image, text alone, any order."""
 
+IMAGE_ATTENTION = ("causal", "full")
+"""Who reads whom inside an image, where it is not the style's own."""
+
 IGNORE = -100
 """Label of a place without a target."""
 
@@ -42,6 +45,8 @@ class SequenceStyle:
         start, end: Names of those around an image.
         full: Who is in an image's full segment: ``none`` (plain causal), ``places`` (the image alone) or ``span`` (its
             start and end too).
+        causal: A full segment reads its own past alone, as text does; what belongs to it stays the same (an ablation,
+            ``with_image_attention``).
         prompt_full: In ``mmu`` rows everything up to the image's end is that one segment.
         features: In ``mmu`` rows the places hold an encoder's features: they alone are full, and the text before reads
             them (Show-o with CLIP).
@@ -61,6 +66,7 @@ class SequenceStyle:
     start: str
     end: str
     full: Literal["none", "places", "span"]
+    causal: bool = False
     prompt_full: bool = False
     features: bool = False
     task_tokens: tuple[tuple[str, str], ...] = ()
@@ -78,6 +84,25 @@ class SequenceStyle:
         """Share of the pairs whose caption stands before the image."""
         shares = dict(self.tasks)
         return shares.get("t2i", 0.0) / (shares.get("t2i", 0.0) + shares.get("mmu", 0.0))
+
+    def with_image_attention(self, attention: str) -> SequenceStyle:
+        """The style whose images are read so: ``causal``, ``full``, or empty for the style's own. Rows, segments and
+        targets stay the same; ``layout_of`` alone reads it.
+
+        Raises:
+            ConfigError: Another word, or ``full`` for codes that are predicted one after the other.
+        """
+        if attention not in ("", *IMAGE_ATTENTION):
+            raise ConfigError(
+                f"image_attention = {attention!r}{near(attention, IMAGE_ATTENTION)}: expected"
+                f" {' or '.join(IMAGE_ATTENTION)}, or nothing for the style's own"
+            )
+        if attention == "full" and self.full == "none":
+            raise ConfigError(
+                f"image_attention = 'full' does not fit style = {self.name!r}, whose codes are predicted one after the"
+                " other: each would read its own answer; leave it out, or set it to causal"
+            )
+        return replace(self, causal=attention == "causal") if attention else self
 
     def vocabulary(self, text: int, codes: int = 0) -> Vocabulary:
         """The joined vocabulary over ``text`` rows of text and ``codes`` image codes."""
@@ -394,7 +419,8 @@ def layout_of(
     slots: Tensor | None = None,
     padding: Literal["none", "right"] | None = None,
 ) -> Layout:
-    """The layout of numbered pieces: ``past`` everywhere, ``all`` where a full image meets itself.
+    """The layout of numbered pieces: ``past`` everywhere, ``all`` where a full image meets itself, unless the style's
+    images are ``causal``.
 
     Positions count real tokens, so that pads on the left change nothing. A causal style comes out as plain causal, in
     one segment, and needs no mask. Pads read themselves alone; the released Show-o lets left pads read earlier pads,
@@ -421,7 +447,8 @@ def layout_of(
     else:
         images = MOST_IMAGES
     relation = torch.full((1 + images + ahead, 1 + images + ahead), PAST)
-    for k in range(1, images + 1):
+    full = 0 if style.causal else images
+    for k in range(1, full + 1):
         relation[k, k] = ALL
         if ahead:
             relation[-1, k] = ALL

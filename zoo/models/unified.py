@@ -31,6 +31,8 @@ class UnifiedConfig(DrawingFields, WiringConfig):
 
     Attributes:
         style: How rows are written (``zoo.data.sequences``): show-o, chameleon.
+        image_attention: Who reads whom inside an image: ``causal`` or ``full``; empty = the style's own. Codes that are
+            predicted one after the other are causal.
         tasks: Task (``t2i``, ``mmu``, ``lm``) -> share of the samples with image and text; empty = the style's.
         text_length: Longest text of rows with a prefix of fixed length, BOS and EOS included; less where the decoder's
             context is short.
@@ -51,6 +53,7 @@ class UnifiedConfig(DrawingFields, WiringConfig):
     scale_settles: ClassVar[frozenset[str]] = frozenset({"places", "code_place"})
 
     style: str = "show-o"
+    image_attention: str = ""
     tasks: dict[str, float] = field(default_factory=dict)
     text_length: int = 128
     prompt_dropout: float = -1.0
@@ -64,7 +67,7 @@ class UnifiedConfig(DrawingFields, WiringConfig):
     def __post_init__(self) -> None:
         from zoo.data.unified_processor import check_tasks
 
-        style(self.style)
+        style(self.style).with_image_attention(self.image_attention)
         self.check_drawing(self.schedule)
         if self.tasks:
             check_tasks(self.tasks)
@@ -110,7 +113,7 @@ class Unified(DrawsImages, UnifiedRows, WritesUnified, Model):
     ) -> None:
         super().__init__()
         self.config, self.decoder_config, self.image_config, self.seed = config, decoder_config, image_config, seed
-        self.style = style(config.style)
+        self.style = style(config.style).with_image_attention(config.image_attention)
         if self.style.images == "none":
             raise ConfigError(
                 f"wiring.style = {config.style!r} has images that are no codes: choose wiring=unified-latent for it"

@@ -38,6 +38,8 @@ class UnifiedLatentConfig(WiringConfig):
 
     Attributes:
         style: How rows are written (``zoo.data.sequences``); one whose images are no codes.
+        image_attention: Who reads whom inside an image: ``causal`` (the paper's ablation, table 5) or ``full``; empty =
+            the style's own.
         tasks: Task (``t2i``, ``mmu``, ``lm``) -> share of the samples with image and text; empty = the style's, 80 %
             caption first.
         prompt_dropout: Share of captions left out in training, for guidance; -1 = the style's.
@@ -68,6 +70,7 @@ class UnifiedLatentConfig(WiringConfig):
     scale_settles: ClassVar[frozenset[str]] = frozenset({"drawing_steps"})
 
     style: str = "transfusion"
+    image_attention: str = ""
     tasks: dict[str, float] = field(default_factory=dict)
     prompt_dropout: float = -1.0
     prompt: str = ""
@@ -81,7 +84,7 @@ class UnifiedLatentConfig(WiringConfig):
     def __post_init__(self) -> None:
         from zoo.data.unified_processor import check_tasks
 
-        if style(self.style).images != "none":
+        if style(self.style).with_image_attention(self.image_attention).images != "none":
             raise ValueError(
                 f"style = {self.style!r} has images that are codes: choose wiring=unified for it, or style=transfusion"
             )
@@ -148,7 +151,7 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
     ) -> None:
         super().__init__()
         self.config, self.decoder_config, self.image_config, self.seed = config, decoder_config, image_config, seed
-        self.style = style(config.style)
+        self.style = style(config.style).with_image_attention(config.image_attention)
         self.draws_latents = config.sample_latents
         with seeded(seed, "image_tokenizer"):
             tokenizer = image_config.build()
