@@ -19,8 +19,8 @@ from zoo.layout import TokenBatch
 from zoo.models.unified import MaskedUnified, Unified
 from zoo.recipe import resolve
 from zoo.sampling.block import Prefix
-from zoo.sampling.codes import CodeDecoding, CodeStreams, probabilities
-from zoo.sampling.guidance import image_text_weights
+from zoo.sampling.codes import CodeDecoding, CodeStreams
+from zoo.sampling.guidance import image_text_weights, probabilities
 from zoo.sampling.masked import MaskedDecoding, Streams, decode
 from zoo.sampling.text import Decoding, streams
 

@@ -18,8 +18,8 @@ from zoo.layout import TokenBatch
 from zoo.models.unified import Unified, UnifiedConfig
 from zoo.objectives.masked_image_tokens import MaskedImageTokensConfig, draw_masks
 from zoo.objectives.next_token import NextTokenConfig
-from zoo.sampling.codes import CodeDecoding, probabilities
-from zoo.sampling.guidance import image_text_weights
+from zoo.sampling.codes import CodeDecoding
+from zoo.sampling.guidance import image_text_weights, probabilities
 from zoo.sampling.guidance import mixed as mixed_logits
 from zoo.sampling.guidance import weights as guidance_weights
 from zoo.sampling.text import Decoding, ids_seen, penalised

@@ -15,7 +15,8 @@ from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, TokenBatch, lay_out
 from zoo.nn import KVCache, TokenEmbedding, Trunk
 from zoo.sampling.block import Prefix
-from zoo.sampling.codes import CodeDecoding, CodeStreams, RecordedCodes, decode_codes, probabilities
+from zoo.sampling.codes import CodeDecoding, CodeStreams, RecordedCodes, decode_codes
+from zoo.sampling.guidance import probabilities
 from zoo.sampling.text import streams
 from zoo.weights.keymaps import llamagen, load_into
 from zoo.weights.keymaps.llama import ffn_width

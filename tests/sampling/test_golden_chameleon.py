@@ -13,8 +13,8 @@ from zoo.data.sequences import style
 from zoo.data.vocabulary import Vocabulary
 from zoo.decoders.trunk_lm import TrunkLMConfig
 from zoo.models.drawing import DrawingFields, DrawsImages
-from zoo.sampling.codes import CodeDecoding, probabilities
-from zoo.sampling.guidance import image_text_weights, mixed, weights
+from zoo.sampling.codes import CodeDecoding
+from zoo.sampling.guidance import image_text_weights, mixed, probabilities, weights
 from zoo.weights.keymaps import chameleon, load_into
 
 CODES = slice(4, 20)

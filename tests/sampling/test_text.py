@@ -14,6 +14,7 @@ from zoo.decoders.causal_lm import CausalLMConfig
 from zoo.decoders.trunk_lm import TrunkLMConfig
 from zoo.errors import ConfigError
 from zoo.layout import Segment, TokenBatch, lay_out
+from zoo.sampling.guidance import probabilities
 from zoo.sampling.text import Decoding, align_right, choose, streams, until_stop, write
 
 TINY: dict[str, Any] = {"width": 32, "depth": 2, "heads": 4, "ffn": 48, "vocab_size": 50, "context_length": 40}
@@ -139,6 +140,30 @@ def test_choose() -> None:
     assert torch.equal(shares(temperature=1.0, top_p=0.01), torch.tensor([0.0, 1.0, 0.0, 0.0]))
     assert choose(logits[:1], Decoding()).tolist() == [1]
     assert choose(logits[:1], Decoding(temperature=1.0, top_k=1), torch.tensor([1 - 1e-12])).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"top_k": 7, "top_p": 0.6}, {"top_k": 7}, {"top_p": 0.3}, {"top_k": 100, "top_p": 0.9}]
+)
+def test_temperature_top_k_and_top_p_are_those_of_transformers(fields: dict[str, Any]) -> None:
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    scores = TemperatureLogitsWarper(0.8)(None, logits)  # type: ignore[arg-type]
+    if "top_k" in fields:
+        scores = TopKLogitsWarper(fields["top_k"])(None, scores)  # type: ignore[arg-type]
+    if "top_p" in fields:
+        scores = TopPLogitsWarper(fields["top_p"])(None, scores)  # type: ignore[arg-type]
+    decoding = Decoding(temperature=0.8, **fields)
+    p = probabilities(logits, decoding)
+    torch.testing.assert_close(p, scores.softmax(-1), atol=1e-6, rtol=0)
+    assert torch.equal(p > 0, scores > -torch.inf)
+    if len(fields) == 2 and fields["top_k"] == 7:  # the mass is that of what top-k left: fewer tokens than of the whole
+        whole = probabilities(logits, Decoding(temperature=0.8, top_p=fields["top_p"]))
+        assert int((p > 0).sum()) < int((whole > 0).sum())
+    for n in range(50):
+        draw = torch.full((6,), n / 50)
+        assert bool(((p > 0).gather(1, choose(logits, decoding, draw)[:, None])).all())
 
 
 def test_align_right() -> None:

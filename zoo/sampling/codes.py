@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.sampling.block import Branches, Prefix
-from zoo.sampling.guidance import drawn, mixed, raced, weights
+from zoo.sampling.guidance import drawn, mixed, probabilities, raced, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,22 +82,6 @@ class RecordedCodes:
     def code(self, number: int, p: Tensor) -> Tensor:
         """See ``CodeDraws``."""
         return raced(p, self.exponential[:, number])
-
-
-def probabilities(logits: Tensor, decoding: CodeDecoding) -> Tensor:
-    """``[B, K]`` probabilities of what temperature, top-k and top-p leave of logits ``[B, K]``."""
-    logits = logits.float() / (decoding.temperature or 1.0)
-    if decoding.top_k and decoding.top_k < logits.shape[-1]:
-        least = logits.topk(decoding.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if decoding.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(-1)
-        # the code that crosses top_p is still in
-        dropped = p.cumsum(-1) > decoding.top_p
-        dropped = torch.cat([torch.zeros_like(dropped[:, :1]), dropped[:, :-1]], -1)
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
-    return logits.softmax(-1)
 
 
 @torch.inference_mode()

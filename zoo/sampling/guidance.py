@@ -1,8 +1,10 @@
-"""Classifier-free guidance: how the branches of one prediction are mixed, and how one of its ids is drawn."""
+"""Classifier-free guidance: how the branches of one prediction are mixed, and how one of its ids is drawn, of text and
+of images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +56,41 @@ def mixed(predictions: Tensor, weights: Sequence[float]) -> Tensor:
     for weight, part in zip(weights[1:], parts[1:], strict=True):
         total = total + weight * part
     return total
+
+
+class Cut(Protocol):
+    """What narrows a distribution (``zoo.sampling.text.Decoding``, ``zoo.sampling.codes.CodeDecoding``)."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+
+
+def probabilities(logits: Tensor, cut: Cut) -> Tensor:
+    """What temperature, then top-k, then top-p leave of a distribution (LlamaGen's ``sample``; transformers'
+    ``generate``).
+
+    Args:
+        logits: ``[B, K]``.
+        cut: Ids level with the k-th likeliest stay, and the id that crosses top_p of what top-k left; a temperature of
+            0 counts as 1.
+
+    Returns:
+        ``[B, K]`` float32, 0 where an id is left out.
+    """
+    logits = logits.float() / (cut.temperature or 1.0)
+    if cut.top_k and cut.top_k < logits.shape[-1]:
+        least = logits.topk(cut.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if cut.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        dropped = ordered.softmax(-1).cumsum(-1) > cut.top_p
+        dropped = torch.cat([torch.zeros_like(dropped[:, :1]), dropped[:, :-1]], -1)
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
+    return logits.softmax(-1)
 
 
 def drawn(p: Tensor, uniform: Tensor) -> Tensor:

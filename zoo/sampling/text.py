@@ -13,6 +13,7 @@ from zoo.decoders.base import Decoder
 from zoo.errors import ConfigError
 from zoo.layout import Layout, TokenBatch
 from zoo.sampling.beam import search
+from zoo.sampling.guidance import drawn, probabilities
 
 LENGTHS = ("new", "whole")
 
@@ -25,8 +26,9 @@ class Decoding:
         max_new_tokens: Most tokens to write.
         min_new_tokens: Tokens to write before a stop is allowed.
         temperature: 0 = greedy; else the logits are divided by it.
-        top_k: Sample among the k likeliest tokens only; 0 = no limit.
-        top_p: Sample among the fewest likeliest tokens that hold this mass (nucleus sampling, arXiv 1904.09751).
+        top_k: Sample among the k likeliest tokens only (and those level with the k-th); 0 = no limit.
+        top_p: Sample among the fewest likeliest tokens that hold this mass of what top_k left (nucleus sampling, arXiv
+            1904.09751).
         seed: Of the samples; every row has its own stream.
         beams: Hypotheses a row that are followed at once; 1 = none but the one (``zoo.sampling.beam``).
         length_penalty: Exponent of the length by which a hypothesis' log p is divided; 0 = plain log p.
@@ -69,7 +71,7 @@ class Decoding:
 
 
 def choose(logits: Tensor, decoding: Decoding, draw: Tensor | None = None) -> Tensor:
-    """The next token of each row.
+    """The next token of each row; what is left to choose from is ``zoo.sampling.guidance.probabilities``.
 
     Args:
         logits: [B, V] float.
@@ -83,15 +85,7 @@ def choose(logits: Tensor, decoding: Decoding, draw: Tensor | None = None) -> Te
         return logits.argmax(dim=-1)
     if draw is None:
         raise ConfigError("sampling at a temperature above 0 needs one uniform number a row")
-    values, order = (logits / decoding.temperature).sort(dim=-1, descending=True)  # [B, V]
-    p = values.double().softmax(dim=-1)
-    keep = p.cumsum(dim=-1) - p < decoding.top_p  # the token that crosses top_p is still in
-    if decoding.top_k:
-        keep[:, decoding.top_k :] = False
-    cdf = torch.where(keep, p, 0.0).cumsum(dim=-1)
-    place = torch.searchsorted(cdf, draw.double()[:, None] * cdf[:, -1:], right=True)  # [B, 1]
-    place = place.minimum(keep.sum(dim=-1, keepdim=True) - 1)  # rounding must not step onto a token left out
-    return order.gather(1, place)[:, 0]
+    return drawn(probabilities(logits, decoding), draw)
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
