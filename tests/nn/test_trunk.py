@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, lay_out
 from zoo.nn import KVCache, PatchEmbedding, TokenEmbedding, Trunk, TrunkConfig, copy_expert_, init_clip_, init_xavier_
-from zoo.nn.positions import rotary, rotate
+from zoo.nn.positions import frequencies, rotary, rotate
 
 Shake = Callable[..., nn.Module]
 SMALL: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "ffn": 32}
@@ -190,6 +190,24 @@ def test_rotary_on_two_axes_and_zero_rows() -> None:
             torch.testing.assert_close(got[0, t, 0, pair + 4], b * turn.cos() + a * turn.sin())
     assert got[0, 1, 0, :8].abs().max() == 0
     assert torch.equal(got[..., 8:], x[..., 8:])
+
+
+def test_rotary_frequencies_are_kept_and_exact(shake: Shake) -> None:
+    trunk = shake(Trunk(TrunkConfig(depth=1, width=16, heads=2, ffn=32, rope=8, rope_axes=2, rope_half=True)))
+    x = torch.randn(2, 5, 16)
+    with torch.inference_mode():
+        first = trunk(x)
+    kept = trunk._kept_frequencies
+    assert kept is not None
+    assert torch.equal(kept, frequencies(8, 10000.0, 2, half=True))
+    assert not any("frequenc" in name for name in trunk.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(trunk(x), first)
+    assert trunk._kept_frequencies is kept
+    trunk(x).sum().backward()  # training goes on from a first pass in inference mode
+    assert all(p.grad is not None for p in trunk.parameters())
+    trunk.to(torch.bfloat16)(x.bfloat16())
+    assert trunk._kept_frequencies is kept  # not rounded with the weights
 
 
 def test_cache_appends_truncates_and_reorders(shake: Shake) -> None:

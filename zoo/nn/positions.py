@@ -8,7 +8,26 @@ from torch import Tensor
 Rotary = tuple[Tensor, Tensor]
 
 
-def rotary(position: Tensor, dims: int, theta: float, axes: int, dtype: torch.dtype, half: bool = False) -> Rotary:
+def frequencies(dims: int, theta: float, axes: int, half: bool = False, device: torch.device | None = None) -> Tensor:
+    """Return the angles that one step turns the pairs of an axis by: ``[dims / axes / 2]`` float32.
+
+    Args:
+        dims, theta, axes, half: see :func:`rotary`.
+    """
+    own = dims // axes
+    frequency = theta ** (-torch.arange(0, own, 2, dtype=torch.float32, device=device) / own)
+    return frequency.half().float() if half else frequency
+
+
+def rotary(
+    position: Tensor,
+    dims: int,
+    theta: float,
+    axes: int,
+    dtype: torch.dtype,
+    half: bool = False,
+    frequency: Tensor | None = None,
+) -> Rotary:
     """Return cos and sin, each ``[B, T, 1, dims / 2]``, of the rotated dimensions of a head.
 
     Axis a owns ``dims / axes`` dimensions with frequencies theta^(-2i / (dims / axes)) (RoFormer, arXiv 2104.09864,
@@ -22,11 +41,10 @@ def rotary(position: Tensor, dims: int, theta: float, axes: int, dtype: torch.dt
         axes: position ids per token; ``[B, T]`` ids serve every axis.
         dtype: of the result; angles are computed in float32.
         half: round the frequencies to float16 first (ChatGLM, modeling_chatglm.py, RotaryEmbedding).
+        frequency: what :func:`frequencies` gave for the same arguments, so that it is computed once for many calls.
     """
-    own = dims // axes
-    frequency = theta ** (-torch.arange(0, own, 2, dtype=torch.float32, device=position.device) / own)
-    if half:
-        frequency = frequency.half().float()
+    if frequency is None:
+        frequency = frequencies(dims, theta, axes, half, position.device)
     if position.ndim == 2:
         position = position[:, None].expand(-1, axes, -1)
     angle = position.transpose(1, 2).float()[..., None] * frequency  # [B, T, axes, own / 2]

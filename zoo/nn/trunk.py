@@ -16,7 +16,7 @@ from zoo.nn.cache import KVCache
 from zoo.nn.config import TrunkConfig
 from zoo.nn.experts import expert_or_one, route_of, run
 from zoo.nn.norm import make_norm
-from zoo.nn.positions import relative_bias, rotary
+from zoo.nn.positions import frequencies, relative_bias, rotary
 
 if TYPE_CHECKING:
     pass
@@ -33,6 +33,8 @@ class Trunk(nn.Module):
     cross.{q,k,v,out,context_norm}, ffn_norm, ffn.{gate,up,down,sub_norm}, attn_scale, cross_scale, ffn_scale}``,
     ``final_norm``, ``rel_bias``; a routed unit has its expert number behind its name (``ffn.1.up``, ``attn.q.0``).
     """
+
+    _kept_frequencies: Tensor | None = None
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
@@ -141,7 +143,25 @@ class Trunk(nn.Module):
                 f"positions have shape {tuple(positions.shape)}; expected [batch, {x.shape[1]}] or"
                 f" [batch, {c.rope_axes}, {x.shape[1]}]"
             )
-        return rotary(positions, c.rope, c.rope_theta, c.rope_axes, x.dtype, c.rope_half)
+        frequency = self._frequencies(positions.device)
+        return rotary(positions, c.rope, c.rope_theta, c.rope_axes, x.dtype, c.rope_half, frequency)
+
+    def _frequencies(self, device: torch.device) -> Tensor | None:
+        """The rotary frequencies, kept from the first pass on a device: a written token is a pass of its own.
+
+        No buffer: those are rounded with a model that goes to bf16, and left empty by one that comes from "meta".
+        """
+        if device.type == "meta" or torch.compiler.is_compiling():
+            return None
+        kept = self._kept_frequencies
+        if kept is None or kept.device != device:
+            c = self.config
+            with torch.inference_mode(False):  # training may go on from here
+                kept = frequencies(c.rope, c.rope_theta, c.rope_axes, c.rope_half, device)
+            if type(kept) is not Tensor:  # a fake one, of shapes alone
+                return kept
+            self._kept_frequencies = kept
+        return kept
 
     def _cross_rows(self, layout: Layout | None, rows: int) -> bool | tuple[tuple[int, int], ...] | Tensor:
         wanted = self.config.cross_modalities
