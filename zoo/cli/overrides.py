@@ -100,11 +100,15 @@ def prepare(overrides: Sequence[str]) -> list[str]:
 
 
 def with_quotes(overrides: Sequence[str]) -> list[str]:
-    """Quote the paths of ``init=PATH``: those of run directories hold characters that Hydra reads as its own."""
+    """Quote the paths of ``init=PATH`` and ``evaluation.tasks.TASK.evaluator=PATH``: those of run directories hold
+    characters that Hydra reads as its own."""
 
     def quoted(text: str) -> str:
         key, _, value = text.partition("=")
-        if key.lstrip("+") != "init" or not value or value[0] in "'\"":
+        is_path = key.lstrip("+") == "init" or (
+            key.lstrip("+").startswith("evaluation.") and key.endswith(".evaluator")
+        )
+        if not is_path or not value or value[0] in "'\"":
             return text
         return f"{key}=" + ",".join(f"'{path}'" for path in value.split(","))
 
