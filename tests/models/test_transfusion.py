@@ -14,7 +14,7 @@ import zoo
 from zoo.data.sample import Sample
 from zoo.data.sequences import Image, Text, collate, layout_of, segments_of, write_row
 from zoo.diffusion.noising import DDPM, Flow
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 from zoo.layout import TokenBatch
 from zoo.sampling.block import Prefix
 from zoo.sampling.diffusion import Denoising, denoise, gaussian
@@ -454,9 +454,11 @@ def test_mistakes_are_one_line(model: Any) -> None:
         model.generate_images(["cat"], steps=0)
     with pytest.raises(ConfigError, match="guidance"):
         model.generate_images(["cat"], guidance=-1.0)
-    with pytest.raises(DataError, match="shorten"):
+    with pytest.raises(ConfigError, match="shorten"):
         model.generate_images(["cat " * 200])
-    with pytest.raises(DataError, match="shorten the prompt"):
+    with pytest.raises(ConfigError, match="wrap it in a list"):
+        model.generate_images("cat")
+    with pytest.raises(ConfigError, match="shorten the prompt"):
         model.edit_images([picture(0)], ["cat " * 118])
     with pytest.raises(ConfigError, match="1 images and 2 instructions"):
         model.edit_images([picture(0)], ["a", "b"])

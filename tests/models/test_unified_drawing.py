@@ -162,6 +162,17 @@ def test_inpainting_keeps_what_is_known(show_o: MaskedUnified, monkeypatch: pyte
     assert torch.equal(after[1], everything[1])
 
 
+def test_an_eye_of_its_own_does_not_read_what_is_inpainted() -> None:
+    model: Any = built("show-o-clip-vit")
+    images = [picture(n) for n in range(2)]
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    codes = model.image_tokenizer.encode(model.processor.encode_images(images))
+    assert model.eye_config.mean != model.image_config.mean
+    expected = model.shown(codes, model.image_tokenizer.grid)
+    torch.testing.assert_close(model.inpaint_images(images, masks, TEXTS[:2], steps=1), expected)
+    assert not torch.equal(model._encode(model._pixels(images)), codes)
+
+
 def test_extrapolation_in_four_directions(show_o: MaskedUnified, monkeypatch: pytest.MonkeyPatch) -> None:
     images, side = [picture(0), picture(1)], show_o.image_tokenizer.grid[0]
     before = show_o._encode(show_o._pixels(images)).view(2, side, side)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.layout import Layout
-from zoo.models.base import Model
+from zoo.models.base import Model, evaluating
 from zoo.part import PartConfig, seeded
 from zoo.recipe import WiringConfig
 from zoo.tokenizers.base import BaseTokenizer, BaseTokenizerConfig, ImageTokenizer, ImageTokenizerConfig
@@ -72,17 +72,15 @@ class Drawing(Model):
         tokenizer: Any = self.image_tokenizer
 
         def draw(pixels: Tensor) -> Tensor:
-            return self._shown(tokenizer.decode(tokenizer.encode(pixels)))
+            return self.image_config.shown(tokenizer.decode(tokenizer.encode(pixels)))
 
         return self._chunked(images, draw, (3, self.image_config.image_size, self.image_config.image_size))
 
     def prepared_images(self, images: Sequence[ImageLike]) -> Tensor:
         """The images as the tokenizer is shown them, [N, 3, H, W] in [0, 1]: what a reconstruction is compared with."""
-        return self._chunked(images, self._shown, (3, self.image_config.image_size, self.image_config.image_size))
-
-    def _shown(self, pixels: Tensor) -> Tensor:
-        mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.image_config.mean, self.image_config.std))
-        return (pixels * std + mean).clamp(0, 1).float()
+        return self._chunked(
+            images, self.image_config.shown, (3, self.image_config.image_size, self.image_config.image_size)
+        )
 
     def _chunked(
         self,
@@ -93,19 +91,13 @@ class Drawing(Model):
     ) -> Tensor:
         if isinstance(images, str):
             raise ConfigError("expected a list of images, got one string: wrap it in a list")
-        training = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with torch.inference_mode():
-                like = next(self.parameters())
-                rows = [torch.empty(0, *shape, dtype=dtype, device=like.device)]
-                for start in range(0, len(images), CHUNK):
-                    pixels = self.processor.encode_images(images[start : start + CHUNK])
-                    rows.append(run(pixels.to(like.device, like.dtype)))
-                return torch.cat(rows)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        like = next(self.parameters())
+        rows = [torch.empty(0, *shape, dtype=dtype, device=like.device)]
+        with evaluating(self):
+            for start in range(0, len(images), CHUNK):
+                pixels = self.processor.encode_images(images[start : start + CHUNK])
+                rows.append(run(pixels.to(like.device, like.dtype)))
+            return torch.cat(rows)
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 

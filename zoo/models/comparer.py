@@ -13,7 +13,7 @@ from zoo.encoders.base import Encoder, ImageEncoderConfig
 from zoo.encoders.twin_bert import TwinBert, TwinBertConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, lay_out
-from zoo.models.base import Model
+from zoo.models.base import Model, evaluating
 from zoo.models.fusion import TYPICAL_TEXT
 from zoo.part import PartConfig, seeded
 from zoo.recipe import WiringConfig
@@ -93,12 +93,10 @@ class Comparer(Model):
 
     def match(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
         """The logit of "true" [N] float32 of a statement about image n shown on both sides."""
-        from zoo.models.writing import WritesText
-
         if isinstance(images, str) or isinstance(texts, str) or len(images) != len(texts):
             raise ConfigError(f"{len(images)} images and {len(texts)} texts: match takes lists of equal length")
         scores = [torch.empty(0, device=self.device)]
-        with WritesText._evaluating(cast("WritesText", self)):
+        with evaluating(self):
             for start in range(0, len(images), CHUNK):
                 part = slice(start, start + CHUNK)
                 pixels = self.processor.encode_images(images[part]).to(self.device)

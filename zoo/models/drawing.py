@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.data.sequences import layout_of
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 from zoo.layout import Layout
 from zoo.models.interleaving import WritesInterleaved
-from zoo.sampling.block import Prefix, distinct
+from zoo.sampling.block import CHUNK, Prefix, distinct
 from zoo.sampling.canvas import check_direction, check_masks, extended, slots_of
 from zoo.sampling.codes import CodeDecoding, CodeDraws, CodeStreams, decode_codes
 from zoo.sampling.guidance import mixed
@@ -23,9 +23,6 @@ from zoo.sampling.text import streams
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
-
-CHUNK = 32
-"""Images a forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +121,7 @@ class DrawsImages(WritesInterleaved):
         Raises:
             ConfigError: A text that does not fit, or values out of range.
         """
-        rows = self._prompts(texts)
+        rows = self.prompt_chunks(texts)
         how = self._decoding(steps, guidance)
         codes = [torch.empty(0, self._slots, dtype=torch.long, device=self.device)]
         with self._evaluating():
@@ -210,28 +207,19 @@ class DrawsImages(WritesInterleaved):
 
     def shown(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Draw the pixels of codes [B, h·w]: [B, 3, H, W] float32 in [0, 1]."""
-        image = self.image_config
-        out = []
-        for part in codes.split(CHUNK) if len(codes) else [codes]:  # type: ignore[no-untyped-call]
-            pixels = self.image_tokenizer.decode(part, grid)
-            mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (image.mean, image.std))
-            out.append((pixels * std + mean).clamp(0, 1).float())
-        return torch.cat(out)
+        parts = codes.split(CHUNK) if len(codes) else [codes]  # type: ignore[no-untyped-call]
+        return torch.cat([self.image_config.shown(self.image_tokenizer.decode(part, grid)) for part in parts])
+
+    @property
+    def draws_code_by_code(self) -> bool:
+        """Whether an image takes as many forward passes as it has codes, and no number of steps can be chosen."""
+        return self.style.images != "masked"
 
     # -- what a call settles ---------------------------------------------------------------------------------------
 
     @property
     def _slots(self) -> int:
         return int(self.image_tokenizer.grid[0] * self.image_tokenizer.grid[1])
-
-    def _prompts(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-        """The rows of every chunk; all texts are checked before any is drawn."""
-        if isinstance(texts, str):
-            raise ConfigError("expected a list of texts, got one string: wrap it in a list")
-        try:
-            return [self.prompt_rows(texts[at : at + CHUNK]) for at in range(0, len(texts), CHUNK)]
-        except DataError as error:
-            raise ConfigError(str(error)) from None
 
     def _decoding(self, steps: int | None, guidance: float | None) -> MaskedDecoding | CodeDecoding:
         if self.image_tokenizer.stored:
@@ -297,7 +285,7 @@ class InpaintsImages(DrawsImages):
         """
         if len(images) != len(texts):
             raise ConfigError(f"{len(images)} images and {len(texts)} texts: expected one each")
-        rows, how, grid = self._prompts(texts), self._decoding(steps, guidance), self.image_tokenizer.grid
+        rows, how, grid = self.prompt_chunks(texts), self._decoding(steps, guidance), self.image_tokenizer.grid
         side = self.image_config.image_size
         check_masks(masks, len(images), (side, side))
         unknown = slots_of(masks, grid, rule).to(self.device)
@@ -305,7 +293,7 @@ class InpaintsImages(DrawsImages):
         with self._evaluating():
             for start in range(0, len(images), CHUNK):
                 ids, segment = rows[start // CHUNK]
-                codes = self._encode(self._pixels(images[start : start + CHUNK])).to(self.device)
+                codes = self._encode(self._tokenizer_pixels(images[start : start + CHUNK])).to(self.device)
                 own = streams(seed, start, len(codes))
                 drawn.append(self._drawn(ids, segment, how, own, codes, unknown[start : start + CHUNK]))
             return self.shown(torch.cat(drawn), grid)
@@ -338,12 +326,13 @@ class InpaintsImages(DrawsImages):
             raise ConfigError(f"directions = {directions!r}: expected a list, one direction a round")
         for direction in directions:
             check_direction(direction)
-        rows, how, grid = self._prompts(texts), self._decoding(steps, guidance), self.image_tokenizer.grid
+        rows, how, grid = self.prompt_chunks(texts), self._decoding(steps, guidance), self.image_tokenizer.grid
         wide = [torch.empty(0, *grid, dtype=torch.long, device=self.device)] if not len(images) else []
         with self._evaluating():
             for start in range(0, len(images), CHUNK):
                 ids, segment = rows[start // CHUNK]
-                canvas = self._encode(self._pixels(images[start : start + CHUNK])).to(self.device).view(-1, *grid)
+                known = self._encode(self._tokenizer_pixels(images[start : start + CHUNK]))
+                canvas = known.to(self.device).view(-1, *grid)
                 own = streams(seed, start, len(canvas))
 
                 def draw(codes: Tensor, unknown: Tensor) -> Tensor:

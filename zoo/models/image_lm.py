@@ -17,11 +17,11 @@ from torch import Tensor
 from zoo.decoders.base import Decoder, DecoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, TokenBatch, lay_out
-from zoo.models.base import Model
+from zoo.models.base import Model, evaluating
 from zoo.models.writing import IGNORE
 from zoo.part import seeded
 from zoo.recipe import WiringConfig
-from zoo.sampling.block import Prefix, distinct
+from zoo.sampling.block import CHUNK, Prefix, distinct
 from zoo.sampling.codes import CodeDecoding, CodeDraws, CodeStreams, decode_codes
 from zoo.sampling.text import streams
 from zoo.tokenizers.base import ImageTokenizer, ImageTokenizerConfig
@@ -31,9 +31,6 @@ TYPICAL_TEXT = 16
 
 SHAPES = ("attention_mask", "caption_mask")
 """What a batch says of its conditions that holds for no condition too: LlamaGen keeps the caption's pads."""
-
-CHUNK = 32
-"""Images that are written at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +198,11 @@ class ImageLM(Model):
         """The condition of a batch for texts."""
         raise TypeError(f"{type(self).__name__} defines no _rows")
 
+    @property
+    def draws_code_by_code(self) -> bool:
+        """An image takes as many forward passes as it has codes; no number of steps can be chosen."""
+        return True
+
     def generate_images(
         self,
         texts: Sequence[str],
@@ -241,21 +243,15 @@ class ImageLM(Model):
         rows = self._rows(texts)
         size = self.image_config.image_size
         images = [torch.empty(0, 3, size, size, device=self.device)]
-        training = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with torch.inference_mode():
-                for start in range(0, len(texts), max(1, CHUNK // samples)):
-                    part = slice(start, start + max(1, CHUNK // samples))
-                    given = {name: value[part].to(self.device) for name, value in rows.items()}
-                    first, count = start * samples, len(texts[part]) * samples
-                    draws = CodeStreams(streams(seed, first, count))
-                    codes = self.generate_codes(given, decoding, draws, samples=samples)
-                    images.append(self._shown(self.image_tokenizer.decode(codes)))
-                return torch.cat(images)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        with evaluating(self):
+            for start in range(0, len(texts), max(1, CHUNK // samples)):
+                part = slice(start, start + max(1, CHUNK // samples))
+                given = {name: value[part].to(self.device) for name, value in rows.items()}
+                first, count = start * samples, len(texts[part]) * samples
+                draws = CodeStreams(streams(seed, first, count))
+                codes = self.generate_codes(given, decoding, draws, samples=samples)
+                images.append(self.image_config.shown(self.image_tokenizer.decode(codes)))
+            return torch.cat(images)
 
     @torch.inference_mode()
     def generate_codes(
@@ -298,10 +294,6 @@ class ImageLM(Model):
         embeds, real = self.condition({name: value[index] for name, value in rows.items()}, dropped[index])
         layout = self.layout(embeds.shape[1], real, embeds.device).truncate(embeds.shape[1])
         return Prefix(self.decoder, embeds, layout, group.repeat_interleave(samples))
-
-    def _shown(self, pixels: Tensor) -> Tensor:
-        mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.image_config.mean, self.image_config.std))
-        return (pixels * std + mean).clamp(0, 1).float()
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from zoo.layout import Layout
 from zoo.models.unified_text import WritesUnified
 from zoo.models.writing import _same_length
 from zoo.patch_codecs.base import PatchCodec
-from zoo.sampling.block import Prefix, distinct
+from zoo.sampling.block import CHUNK, Prefix, distinct
 from zoo.sampling.diffusion import Denoising, denoise, gaussian
 from zoo.sampling.guidance import mixed, weights
 from zoo.sampling.text import Decoding, choose, streams
@@ -25,9 +25,6 @@ from zoo.sampling.text import Decoding, choose, streams
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
     from zoo.tokenizers.base import LatentTokenizer
-
-DRAWN = 32
-"""Images drawn side by side."""
 
 
 class DrawsLatents(WritesUnified):
@@ -50,6 +47,7 @@ class DrawsLatents(WritesUnified):
 
         @property
         def processor(self) -> Any: ...
+        def prompt_chunks(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]: ...
 
     # -- capabilities ----------------------------------------------------------------------------------------------
 
@@ -71,17 +69,18 @@ class DrawsLatents(WritesUnified):
             sampler: One of those of the model's process; the wiring's by default.
 
         Raises:
-            ConfigError: A sampler of the other process, or steps outside 1 to 1,000.
-            DataError: A text that leaves no room for the image.
+            ConfigError: A sampler of the other process, steps outside 1 to 1,000, or a text that leaves no room for the
+                image.
         """
         how, mix = self._how(sampler, steps, guidance)
+        rows = self.prompt_chunks(texts)
         drawn = [torch.empty(0, 3, *self._size, device=self.device)]
         with self._evaluating():
-            for part in _parts(len(texts)):
-                ids, segment = self.processor.prompt_rows(texts[part])
+            for number, (ids, segment) in enumerate(rows):
+                generators = streams(seed, number * CHUNK, len(ids) // 2)
                 if len(mix) == 1:
                     ids, segment = ids.chunk(2)[0], segment.chunk(2)[0]
-                drawn.append(self._draw(ids, segment, None, how, mix, streams(seed, part.start, len(texts[part]))))
+                drawn.append(self._draw(ids, segment, None, how, mix, generators))
         return torch.cat(drawn)
 
     def edit_images(
@@ -102,17 +101,19 @@ class DrawsLatents(WritesUnified):
         """
         _same_length(images, instructions, "instructions")
         how, mix = self._how(sampler, steps, guidance)
+        shown, rows = Image(self.places, given=True), []
+        for start in range(0, len(images), CHUNK):  # all are looked at before the first image is drawn
+            told = [self.processor.text_ids(text) for text in instructions[start : start + CHUNK]]
+            parts: list[list[Text | Image]] = [[shown, Text(ids)] for ids in told]
+            if len(mix) == 2:
+                parts += [[shown]] * len(told)
+            rows.append(self._open_rows(parts))
         drawn = [torch.empty(0, 3, *self._size, device=self.device)]
         with self._evaluating():
-            for part in _parts(len(images)):
-                told = [self.processor.text_ids(text) for text in instructions[part]]
-                shown = Image(self.places, given=True)
-                parts: list[list[Text | Image]] = [[shown, Text(ids)] for ids in told]
-                if len(mix) == 2:
-                    parts += [[shown]] * len(told)
-                ids, segment = self._open_rows(parts)
-                features = self._clean(self._encoded(images[part])).repeat(len(mix), 1, 1)
-                generators = streams(seed, part.start, len(told))
+            for number, (ids, segment) in enumerate(rows):
+                part = images[number * CHUNK : (number + 1) * CHUNK]
+                features = self._clean(self._encoded(part)).repeat(len(mix), 1, 1)
+                generators = streams(seed, number * CHUNK, len(part))
                 drawn.append(self._draw(ids, segment, features, how, mix, generators))
         return torch.cat(drawn)
 
@@ -139,7 +140,7 @@ class DrawsLatents(WritesUnified):
             A list a prompt of new texts and images [3, H, W] float32 in [0, 1], in order.
 
         Raises:
-            DataError: A prompt that does not fit.
+            ConfigError: A prompt that does not fit, or values out of range.
         """
         if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
             raise ConfigError("expected a list of prompts, each a list of texts and images: wrap it in a list")
@@ -147,6 +148,8 @@ class DrawsLatents(WritesUnified):
             raise ConfigError(f"max_images = {max_images} must be 0 or more")
         decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         how, mix = self._how(sampler, steps, guidance)
+        for prompt in prompts:
+            self._open_rows([self._told(prompt)], opened=False)
         with self._evaluating():
             return [
                 self._go_on(prompt, max_images, decoding, how, mix, streams(seed, n, 1)[0])
@@ -219,10 +222,7 @@ class DrawsLatents(WritesUnified):
         """Write and draw behind one prompt; the branch without condition keeps up with the images alone."""
         shown = [part for part in prompt if not isinstance(part, str)]
         features = self._clean(self._encoded(shown)) if shown else None
-        told: list[Text | Image] = [
-            Text(self.processor.text_ids(part)) if isinstance(part, str) else Image(self.places, given=True)
-            for part in prompt
-        ]
+        told = self._told(prompt)
         branches = [self._begun(told, features, len(shown) + max_images)]
         if len(mix) == 2 and max_images:
             images: list[Text | Image] = [part for part in told if isinstance(part, Image)]
@@ -267,6 +267,13 @@ class DrawsLatents(WritesUnified):
         draw = None if draw is None else draw.to(logits.device)
         return int(choose(logits.masked_fill(~allowed, -torch.inf), decoding, draw))
 
+    def _told(self, prompt: Sequence[Any]) -> list[Text | Image]:
+        """A prompt as parts of a row."""
+        return [
+            Text(self.processor.text_ids(part)) if isinstance(part, str) else Image(self.places, given=True)
+            for part in prompt
+        ]
+
     def _begun(self, parts: Sequence[Text | Image], features: Tensor | None, images: int) -> Prefix:
         """The prefix of one prompt, which may go on to ``images`` images in all."""
         ids, segment = (x.to(self.device) for x in self._open_rows([parts], opened=False))
@@ -279,18 +286,21 @@ class DrawsLatents(WritesUnified):
             opened: They end where an image begins, and must leave room for it.
 
         Raises:
-            DataError: A row that does not fit.
+            ConfigError: A row that does not fit.
         """
         processor, start = self.processor, self.vocabulary.id(self.style.start)
         written: list[list[int]] = []
         for parts in rows:
-            row = write_row(
-                self.style, self.vocabulary, processor.words, "interleaved", parts,
-                length=processor.length, closed=False,
-            )  # fmt: skip
+            try:
+                row = write_row(
+                    self.style, self.vocabulary, processor.words, "interleaved", parts,
+                    length=processor.length, closed=False,
+                )  # fmt: skip
+            except DataError as error:
+                raise ConfigError(str(error)) from None
             need = len(row.ids) + (self.places + 2 if opened else 1)
             if need > processor.length:
-                raise DataError(
+                raise ConfigError(
                     f"the prompt has {len(row.ids)} tokens, image places included, needs {need - len(row.ids)} more,"
                     f" and {processor.length} fit: shorten the prompt, or raise the decoder's context_length"
                 )
@@ -325,8 +335,8 @@ class DrawsLatents(WritesUnified):
     def _pictures(self, latents: Tensor) -> Tensor:
         """Latents [N, C, h, w] as images [N, 3, H, W] float32 in [0, 1]."""
         pixels = self.image_tokenizer.decode(latents.to(next(self.image_tokenizer.parameters()).dtype)).float()
-        mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.image_config.mean, self.image_config.std))
-        return (pixels * std + mean).clamp(0, 1)
+        shown: Tensor = self.image_config.shown(pixels)
+        return shown
 
     # -- small things ----------------------------------------------------------------------------------------------
 
@@ -364,7 +374,3 @@ class DrawsLatents(WritesUnified):
 def _say(prefixes: Sequence[Prefix], word: Tensor) -> None:
     for prefix in prefixes:
         prefix.block(word, "text", keep=True, modality=0)
-
-
-def _parts(count: int) -> list[slice]:
-    return [slice(start, start + DRAWN) for start in range(0, count, DRAWN)]

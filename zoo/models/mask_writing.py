@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zoo.decoders.base import Decoder
 from zoo.errors import ConfigError
 from zoo.layout import ALL, NEVER, PAST, Layout, TokenBatch
+from zoo.models.base import evaluating
 from zoo.models.experts import WordHead
 from zoo.models.pairs import EmbedsPairs
 from zoo.nn import KVCache
@@ -95,17 +96,8 @@ class WritesByMask(EmbedsPairs):
     trunk: Multiway
     words: WordHead | None
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients; afterwards every module is in the mode it was in."""
-        training = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            for module, mode in training:
-                module.training = mode
+    def _evaluating(self) -> AbstractContextManager[None]:
+        return evaluating(self)
 
     def mask_decoder(self) -> MaskDecoder:
         """The trunk as a decoder of captions.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.models.base import evaluating
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
@@ -108,15 +109,9 @@ class EmbedsPairs(nn.Module):
         if isinstance(items, str):
             raise ConfigError("expected a list of items, got one string: wrap it in a list")
         items = list(items)
-        training = {module: module.training for module in self.modules()}  # frozen parts stay in eval mode
-        self.eval()
-        try:
-            with torch.inference_mode():
-                rows = [run(items[i : i + CHUNK]) for i in range(0, len(items), CHUNK)]
-                return torch.cat(rows) if rows else empty
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        with evaluating(self):
+            rows = [run(items[i : i + CHUNK]) for i in range(0, len(items), CHUNK)]
+            return torch.cat(rows) if rows else empty
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 

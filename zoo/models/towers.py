@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo.encoders.base import Encoder, ImageEncoderConfig, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, lay_out
-from zoo.models.base import Model
+from zoo.models.base import Model, evaluating
 from zoo.part import PartConfig, seeded
 from zoo.recipe import WiringConfig
 
@@ -168,19 +168,9 @@ class Towers(Model):
         if isinstance(items, str):
             raise ConfigError("expected a list of items, got one string: wrap it in a list")
         items = list(items)
-        training = {
-            module: module.training for module in self.modules()
-        }  # frozen parts stay in eval mode while others train
-        self.eval()
-        try:
-            with torch.inference_mode():
-                rows = [
-                    F.normalize(features(items[i : i + CHUNK]).float(), dim=-1) for i in range(0, len(items), CHUNK)
-                ]
-                return torch.cat(rows) if rows else torch.empty(0, self.shared_width, device=self.device)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        with evaluating(self):
+            rows = [F.normalize(features(items[i : i + CHUNK]).float(), dim=-1) for i in range(0, len(items), CHUNK)]
+            return torch.cat(rows) if rows else torch.empty(0, self.shared_width, device=self.device)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@ count FLOPs with, layouts to look at."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from zoo.data.sequences import IGNORE, TASKS, Row, SequenceStyle, layout_of
 from zoo.data.vocabulary import Vocabulary
 from zoo.decoders.base import DecoderConfig
-from zoo.errors import ConfigError, WeightsError
+from zoo.errors import ConfigError, DataError, WeightsError
 from zoo.layout import Layout
+from zoo.sampling.block import CHUNK
 
 if TYPE_CHECKING:
     from zoo.data.text import TextTokenizer
@@ -164,6 +166,19 @@ class UnifiedRows(nn.Module):
         without."""
         ids, segment = self.processor.prompt_rows(texts)
         return ids.to(self.device), segment.to(self.device)
+
+    def prompt_chunks(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """``prompt_rows`` of ``CHUNK`` texts each; all are looked at before the first image is drawn.
+
+        Raises:
+            ConfigError: A text that leaves no room for the image.
+        """
+        if isinstance(texts, str):
+            raise ConfigError("expected a list of texts, got one string: wrap it in a list")
+        try:
+            return [self.prompt_rows(texts[at : at + CHUNK]) for at in range(0, len(texts), CHUNK)]
+        except DataError as error:
+            raise ConfigError(str(error)) from None
 
     @property
     def typical_text(self) -> int:

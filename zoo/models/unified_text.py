@@ -175,5 +175,10 @@ class WritesUnified(WritesText):
         return None
 
     def _pixels(self, images: Sequence[ImageLike]) -> Tensor:
+        """Images as they are read where they are understood: here by the image tokenizer."""
+        return self._tokenizer_pixels(images)
+
+    def _tokenizer_pixels(self, images: Sequence[ImageLike]) -> Tensor:
+        """Images [N, 3, H, W] as the image tokenizer reads them."""
         dtype = next(self.image_tokenizer.parameters(), torch.empty(0)).dtype
         return self.processor.encode_images(images).to(self.device, dtype)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from zoo.decoders.base import Decoder
 from zoo.errors import ConfigError
 from zoo.layout import Layout, TokenBatch
 from zoo.layout_facts import Padding
+from zoo.models.base import evaluating
 from zoo.part import Features
 from zoo.sampling.text import Decoding, align_right, streams, write
 
@@ -276,17 +277,8 @@ class WritesText(nn.Module):
         dtype = next(self.encoder.parameters()).dtype
         return self.processor.encode_images(images).to(self.device, dtype)
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients; afterwards every module is in the mode it was in."""
-        training = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            for module, mode in training:
-                module.training = mode
+    def _evaluating(self) -> AbstractContextManager[None]:
+        return evaluating(self)
 
 
 def _given(instruction_ids: Tensor | None, instruction_mask: Tensor | None) -> dict[str, Tensor]:

@@ -12,6 +12,9 @@ from zoo.decoders.base import Decoder
 from zoo.errors import ConfigError
 from zoo.layout import Layout, TokenBatch
 
+CHUNK = 32
+"""Images that are drawn at once."""
+
 
 def distinct(*columns: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of a batch that differ, and which of them each row is: an unconditional prefix, or several images of one

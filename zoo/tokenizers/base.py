@@ -140,6 +140,11 @@ class BaseTokenizerConfig(PartConfig):
         side = self.image_size // self.patch_size
         return side, side
 
+    def shown(self, pixels: Tensor) -> Tensor:
+        """What a tokenizer draws, or is shown, [..., 3, H, W] in its normalisation, as float32 in [0, 1]."""
+        mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (pixels * std + mean).clamp(0, 1).float()
+
     def build(self) -> BaseTokenizer:
         raise TypeError(f"{type(self).__name__} defines no build")
 
