@@ -136,7 +136,8 @@ class GenerateImages(Protocol):
 
         Args:
             steps: forward passes over an image (of masked decoding, denoising, an ODE); None takes the model's own. A
-                model that decodes token by token has no such number and refuses one.
+                model that decodes token by token has no such number, refuses one, and says so in an attribute
+                ``draws_code_by_code = True``.
             guidance: classifier-free guidance weight, on the scale of the model's own paper; None takes the model's.
 
         Raises:

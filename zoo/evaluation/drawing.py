@@ -94,16 +94,26 @@ class DrawingTask(Task):
         texts = tuple(dict.fromkeys(sample.texts))
         return texts if self.config.texts == "all" else texts[:1]
 
-    def draw(self, model: Any, texts: Sequence[str], progress: Progress | None) -> list[Image]:
-        """Draw one picture a text, ``batch`` at a time."""
+    def draw(self, model: Any, texts: Sequence[str], progress: Progress | None) -> tuple[list[Image], dict[str, float]]:
+        """Draw one picture a text, ``batch`` at a time.
+
+        Returns:
+            The pictures, and ``passes``: forward passes an image took on average, as `zoo.sampling.passes` counted
+            them; nothing for a model that draws by loops of its own.
+        """
+        from zoo.sampling.passes import counted
+
         config = self.config
         pictures: list[Image] = []
-        for start in range(0, len(texts), config.batch):
-            if progress:
-                progress(self.name, start, len(texts))
-            part = list(texts[start : start + config.batch])
-            drawn = model.generate_images(part, seed=config.seed + start, steps=config.steps, guidance=config.guidance)
-            pictures += to_pictures(drawn, len(part), self.name)
+        with counted() as passes:
+            for start in range(0, len(texts), config.batch):
+                if progress:
+                    progress(self.name, start, len(texts))
+                part = list(texts[start : start + config.batch])
+                drawn = model.generate_images(
+                    part, seed=config.seed + start, steps=config.steps, guidance=config.guidance
+                )
+                pictures += to_pictures(drawn, len(part), self.name)
         if progress:
             progress(self.name, len(texts), len(texts))
-        return pictures
+        return pictures, {"passes": passes.count / len(texts)} if passes.count else {}

@@ -79,7 +79,7 @@ class SceneCheck(DrawingTask):
         blurred = [softened(image, max(image.size) // 2) for image in real]
         gallery.least = threshold(gallery, blurred, asked, config.keep)
 
-        pictures = self.draw(model, [text for one in asked for text in one.texts], progress)
+        pictures, cost = self.draw(model, [text for one in asked for text in one.texts], progress)
         found = gallery.objects(pictures)
         found_real, found_blurred = gallery.objects(real), gallery.objects(blurred)
         first = [owner.index(n) for n in range(len(asked))]  # sample -> the row of its first text
@@ -103,7 +103,7 @@ class SceneCheck(DrawingTask):
             total = sum(row[f"stated_{what}"] for row in items)
             if total:  # captions of single objects state no position
                 metrics |= {f"{what}{s}": sum(row[f"right_{what}{s}"] for row in items) / total for s in SETS}
-        metrics |= {"images": float(len(pictures)), "kinds": float(len(icons)), "least": gallery.least}
+        metrics |= {"images": float(len(pictures)), "kinds": float(len(icons)), "least": gallery.least} | cost
         shown = set(sample_ids([one.id for one in asked]))
         samples = [
             {

@@ -90,7 +90,7 @@ class TextToImage(DrawingTask):
         owner = [n for n, one in enumerate(asked) for _ in one.texts]  # row -> sample
         first = [owner.index(n) for n in range(len(asked))]  # sample -> the row of its first text
         texts = [text for one in asked for text in one.texts]
-        pictures = self.draw(model, texts, progress)
+        pictures, cost = self.draw(model, texts, progress)
 
         size = config.batch_size
         drawn = embed_images(judge, pictures, size, self.name)  # [R, D]
@@ -133,7 +133,7 @@ class TextToImage(DrawingTask):
         own = drawn[first]
         metrics |= distances([pair for a, b in halved for pair in ((own[a], real[b]), (own[b], real[a]))])
         metrics |= {f"{k}_real": v for k, v in distances([(real[a], real[b]) for a, b in halved]).items()}
-        metrics |= {"images": float(len(texts)), "candidates": float(min(config.candidates, len(pool)))}
+        metrics |= {"images": float(len(texts)), "candidates": float(min(config.candidates, len(pool)))} | cost
         place = {one.id: n for n, one in enumerate(asked)}
         shown = {first[place[i]]: place[i] for i in sample_ids(list(place))}
         samples = [

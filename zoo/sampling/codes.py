@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.errors import ConfigError
 from zoo.sampling.block import Branches, Prefix
 from zoo.sampling.guidance import drawn, mixed, probabilities, raced, weights
+from zoo.sampling.passes import passed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,7 @@ def decode_codes(
             new = embed(written[-1][:, None]).repeat(len(branches), 1, 1)  # [branches * B, 1, D]
             prefix.block(new, segment, keep=True, position=place, modality=modality)
         guided = mixed(logits(prefix.hidden).float(), branches)  # [B, K]
+        passed(rows)
         if decoding.temperature and draws is not None:
             code = draws.code(number, probabilities(guided, decoding))
         else:

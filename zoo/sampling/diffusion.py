@@ -13,6 +13,7 @@ from zoo.diffusion import ode
 from zoo.diffusion.noising import DDPM, Flow, Process
 from zoo.diffusion.times import LEVELS
 from zoo.errors import ConfigError, near
+from zoo.sampling.passes import passed
 
 SAMPLERS = tuple(dict.fromkeys((*DDPM.samplers, *Flow.samplers)))
 """Names of the ways back, of all processes."""
@@ -88,10 +89,15 @@ def denoise(
         ConfigError: The sampler does not fit the process, or misses its generators.
     """
     name = how.of(process)
+
+    def run(x: Tensor, level: Tensor) -> Tensor:
+        passed(len(x))
+        return predict(x, level)
+
     if isinstance(process, Flow):
 
         def field(x: Tensor, time: Tensor) -> Tensor:
-            return predict(x, process.level(time))
+            return run(x, process.level(time))
 
         if name == "rk45":
             return ode.rk45(field, noise, how.steps, rtol=how.rtol, atol=how.atol)
@@ -106,7 +112,7 @@ def denoise(
         drawn["eta"] = how.eta
     x = noise
     for time in scheduler.timesteps:
-        out = predict(x, time.to(x.device).float().expand(len(x)))
+        out = run(x, time.to(x.device).float().expand(len(x)))
         x = scheduler.step(out, time, x, **drawn).prev_sample
     return x
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError, near
 from zoo.sampling.guidance import drawn, raced, weights
+from zoo.sampling.passes import passed
 
 SCHEDULES = ("cosine", "linear", "sqrt", "sigmoid", "pow<exponent>")
 ANNEALINGS = ("product", "linear", "linspace")
@@ -273,6 +274,7 @@ def decode(
         start = unknown.float().mean(-1).cpu()  # [B]
     for step, temperature in enumerate(decoding.temperatures()):
         logits = predict(codes, unknown)  # [M, K]
+        passed(len(codes))
         p = logits.float().softmax(-1)
         new = draws.codes(step, p, unknown)  # [M]
         codes = codes.masked_scatter(unknown, new)
