@@ -47,6 +47,16 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trend:
+    """A curve of few measured points, each with a marker; ``hollow`` marks those that are not comparable."""
+
+    points: Sequence[tuple[float, float]]
+    hollow: Sequence[bool]
+    label: str
+    series: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bar:
     """A row of a forest chart: an interval around a value."""
 
@@ -96,13 +106,15 @@ class _Axes:
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
 
-    def draw(self, x_title: str, y_title: str, x_text: Format, y_text: Format) -> str:
+    def draw(
+        self, x_title: str, y_title: str, x_text: Format, y_text: Format, x_marks: Sequence[float] | None = None
+    ) -> str:
         parts = []
         for value in ticks(self.y0, self.y1):
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(_text(LEFT - 6, y + 3.5, y_text(value), "tick", "end"))
-        for value in ticks(self.x0, self.x1, 4):
+        for value in ticks(self.x0, self.x1, 4) if x_marks is None else x_marks:
             x = self.x(value)
             parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
             parts.append(_text(x, HEIGHT - BOTTOM + 14, x_text(value), "tick", "middle"))
@@ -219,6 +231,67 @@ def lines(curves: Sequence[Line], x_title: str, y_title: str, title: str) -> str
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         body.append(f'<path d="{_path(axes, _smooth(points))}" {stroke} stroke-width="2"{dashed}>{tip}</path>')
     return _svg("".join(body), title)
+
+
+def trends(
+    curves: Sequence[Trend],
+    x_title: str,
+    y_title: str,
+    y_text: Format,
+    title: str,
+    level: float | None = None,
+    level_label: str = "",
+) -> str:
+    """Draw measured points joined by straight lines over a logarithmic x axis, and a dashed line at ``level``. A curve
+    of one point is its marker."""
+    flat = [point for curve in curves for point in curve.points if point[0] > 0]
+    if not flat:
+        return ""
+    axes = _Axes([math.log2(x) for x, _ in flat], [*(y for _, y in flat), *([] if level is None else [level])])
+    low, high = math.ceil(axes.x0), math.floor(axes.x1)
+    marks = list(range(low, high + 1, max(1, (high - low + 1) // 6)))
+    body = [axes.draw(x_title, y_title, lambda v: compact(2.0**v), y_text, marks)]
+    taken = [(axes.x(math.log2(x)) - 6, axes.y(y) - 6, axes.x(math.log2(x)) + 6, axes.y(y) + 6) for x, y in flat]
+    if level is not None:
+        y = axes.y(level)
+        body.append(
+            f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke-dasharray="6 3"/>'
+        )
+        body.append(_text(LEFT + 4, y - 4, level_label, "tick"))
+        taken.append((LEFT, y - 16, LEFT + 4 + len(level_label) * CHARACTER, y + 2))
+    ends = []
+    for curve in curves:
+        points = [(axes.x(math.log2(x)), axes.y(y), x, y) for x, y in curve.points if x > 0]
+        if not points:
+            continue
+        line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _, _ in points)
+        body.append(f'<path d="{line}" fill="none" stroke="{colour(curve.series)}" stroke-width="2"/>')
+        for (x, y, at, value), hollow in zip(points, curve.hollow, strict=True):
+            tip = escape(f"{curve.label}: {y_text(value)} at {compact(at)}")
+            body.append(f"<g>{_marker(x, y, curve.series, hollow)}<title>{tip}</title></g>")
+        ends.append((points[-1][0], points[-1][1], curve.label))
+    body += [_label(x, y, label, taken) for x, y, label in sorted(ends, key=lambda end: end[1])]
+    return _svg("".join(body), title)
+
+
+LIGHT = {
+    "--card": "#ffffff", "--ink": "#14181f", "--soft": "#5a6472", "--grid": "#e8ebef", "--s0": "#2458d3",
+    "--s1": "#c2410c", "--s2": "#0b7a53", "--s3": "#a3247f", "--s4": "#6741d9", "--s5": "#94690a", "--s6": "#0b7285",
+    "--control": "#6b7480",
+}  # fmt: skip
+"""The page's colours by day, for charts that stand alone."""
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own: the page's light colours, a white ground, and its size in pixels."""
+    colours = "".join(f"{name}:{value};" for name, value in LIGHT.items())
+    style = (
+        f"<style>svg{{{colours}font-family:system-ui,sans-serif;background:var(--card)}}.grid{{stroke:var(--grid)}}"
+        ".zero,.leader{stroke:var(--soft)}text{fill:var(--soft);font-size:11.5px}"
+        ".label{font-size:12px;font-weight:600;fill:var(--ink)}</style>"
+    )
+    size = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}" class="chart"'
+    return svg.replace('<svg class="chart"', size, 1).replace("</title>", f"</title>{style}", 1) + "\n"
 
 
 def _thin(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:

@@ -15,6 +15,7 @@ from typing import Any
 from zoo.compare import charts
 from zoo.compare.leaderboard import Column, Leaderboard, Row, build_leaderboard
 from zoo.compare.rundir import HASHES, Run, find_runs
+from zoo.compare.sweeps import find_sweeps, real_row, sweep_charts, sweep_heads, sweep_rows, sweeps_markdown
 from zoo.compare.tables import (
     COSTS,
     cell_text,
@@ -39,7 +40,8 @@ CURVE_KEYS = {"step", "samples", "tokens", "seconds", "stage", "lr", "loss", "ep
 def make_report(
     paths: Iterable[Path | str], out: Path | str, baseline: str | None = None, now: datetime | None = None
 ) -> Path:
-    """Read the runs at or below ``paths`` and write ``report.html``, ``report.csv`` and ``report.md`` into ``out``.
+    """Read the runs at or below ``paths`` and write ``report.html``, ``report.csv`` and ``report.md`` into ``out``;
+    where runs were evaluated with ``--sweep``, a chart a metric as well, ``report-TASK-METRIC-FIELD.svg``.
 
     Args:
         out: a folder, made if missing; or a path ending in ``.html``, whose name the other two share.
@@ -65,8 +67,12 @@ def write_report(board: Leaderboard, out: Path | str, command: str = "", now: da
     texts = {
         page: render(board, command, now or datetime.now(UTC)),
         page.with_suffix(".csv"): to_csv(board),
-        page.with_suffix(".md"): to_markdown(board),
+        page.with_suffix(".md"): to_markdown(board) + sweeps_markdown(sweeps := find_sweeps(board.rows)),
     }
+    for swept in sweeps:
+        for column, picture in sweep_charts(swept, _series(board.rows), short_labels(board.rows)):
+            name = f"{page.stem}-{swept.task}-{column.metric}-{swept.field}.svg"
+            texts[page.with_name(name)] = charts.standalone(picture)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
@@ -112,6 +118,15 @@ def render(board: Leaderboard, command: str, now: datetime) -> str:
         "costs": {row.name: list(zip(cost_texts(row), cost_values(row), strict=True)) for row in board.rows},
         "panels": [
             (c, drawn) for c in board.primary if (drawn := [svg(s) for s in _panels(c, board, series, labels) if s])
+        ],
+        "sweeps": [
+            (
+                swept,
+                sweep_heads(swept),
+                [*sweep_rows(swept), *([real] if (real := real_row(swept)) else [])],
+                [svg(picture) for _, picture in sweep_charts(swept, series, labels)],
+            )
+            for swept in find_sweeps(board.rows)
         ],
         "curves": [(name, svg(s)) for name, s in _curves(board, series, labels)],
         "samples": _samples(board),
