@@ -348,7 +348,7 @@ def scripted(model: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> 
         states.append(hidden.clone())
         return tokens[len(states) - 1]
 
-    monkeypatch.setattr(model, "_next", choose)
+    monkeypatch.setattr(model, "_next_token", choose)
     return states
 
 
@@ -402,13 +402,13 @@ def test_no_image_is_opened_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():  # a model that always wants an image
         model.decoder.lm_head.weight.zero_()
     chosen: list[bool] = []
-    inside = model._next
+    inside = model._next_token
 
     def next_token(hidden: Tensor, opens: bool, *others: Any) -> int:
         chosen.append(opens)
         return model.vocabulary.id("boi") if opens else inside(hidden, opens, *others)
 
-    monkeypatch.setattr(model, "_next", next_token)
+    monkeypatch.setattr(model, "_next_token", next_token)
     out = model.generate_interleaved([["cat"]], max_images=9, max_new_tokens=40, steps=1)[0]
     images = [part for part in out if isinstance(part, Tensor)]
     assert 2 <= len(images) <= 3

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.data.sequences import MOST_IMAGES, SequenceStyle, Text, segments_of, write_row
 from zoo.data.sequences import Image as Places
+from zoo.data.sequences import SequenceStyle, Text, segments_of, write_row
 from zoo.data.vocabulary import Vocabulary
 from zoo.errors import ConfigError, DataError
 from zoo.layout import Layout
@@ -18,7 +17,7 @@ from zoo.sampling.block import Branches, Prefix
 from zoo.sampling.codes import CodeDecoding, CodeStreams, decode_codes
 from zoo.sampling.guidance import image_text_weights
 from zoo.sampling.masked import MaskedDecoding, Predict, Streams, decode
-from zoo.sampling.text import Decoding, choose, streams
+from zoo.sampling.text import Decoding, streams
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
@@ -41,9 +40,11 @@ class WritesInterleaved(nn.Module):
         def device(self) -> torch.device: ...
         @property
         def processor(self) -> Any: ...
-        @property
-        def text_columns(self) -> Tensor: ...
         def _evaluating(self) -> Any: ...
+        def _check_turns(self, prompts: Sequence[Sequence[ImageLike]], max_images: int) -> None: ...
+        def _next_token(
+            self, hidden: Tensor, begins: bool, text: Decoding, generators: Sequence[torch.Generator]
+        ) -> int: ...
         def _encode(self, pixels: Tensor) -> Tensor: ...
         def _tokenizer_pixels(self, images: Sequence[ImageLike]) -> Tensor: ...
         def _decoding(self, steps: int | None, guidance: float | None) -> MaskedDecoding | CodeDecoding: ...
@@ -86,16 +87,10 @@ class WritesInterleaved(nn.Module):
         Raises:
             ConfigError: A prompt that does not fit, or values out of range.
         """
-        if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-            raise ConfigError("expected a list of prompts, each a list of texts and images: wrap a string in two lists")
-        if not 0 <= max_images <= MOST_IMAGES:
-            raise ConfigError(f"max_images = {max_images}: expected 0 to {MOST_IMAGES}")
+        self._check_turns(prompts, max_images)
         text = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         how = self._decoding(steps, guidance)
         for prompt in prompts:
-            given = sum(not isinstance(part, str) for part in prompt)
-            if given + max_images > MOST_IMAGES:
-                raise ConfigError(f"{given} images and {max_images} to come: at most {MOST_IMAGES} fit a row")
             self._row(prompt)
         out = []
         with self._evaluating():
@@ -161,17 +156,6 @@ class WritesInterleaved(nn.Module):
     def _said(self, words: Sequence[int]) -> list[str | Tensor]:
         text = self.processor.tokenizer.decode(list(words)).strip()
         return [text] if text else []
-
-    def _next_token(self, hidden: Tensor, begins: bool, text: Decoding, generators: Sequence[torch.Generator]) -> int:
-        """A text id, the end, or where it may the start of an image: the text state never writes a code."""
-        start, columns = self.vocabulary.id(self.style.start), self.text_columns
-        allowed = F.pad(columns, (0, max(0, start + 1 - len(columns))), value=False)
-        allowed[start] = begins
-        logits = self.decoder.logits_of(hidden, slice(0, len(allowed))).float().masked_fill(~allowed, -torch.inf)
-        draw = None
-        if text.temperature:
-            draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(hidden.device)
-        return int(choose(logits, text, draw))
 
     def _next_image(
         self,

@@ -20,7 +20,7 @@ from zoo.patch_codecs.base import PatchCodec
 from zoo.sampling.block import CHUNK, Prefix, distinct
 from zoo.sampling.diffusion import Denoising, denoise, gaussian
 from zoo.sampling.guidance import mixed, weights
-from zoo.sampling.text import Decoding, choose, streams
+from zoo.sampling.text import Decoding, streams
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
@@ -142,10 +142,7 @@ class DrawsLatents(WritesUnified):
         Raises:
             ConfigError: A prompt that does not fit, or values out of range.
         """
-        if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-            raise ConfigError("expected a list of prompts, each a list of texts and images: wrap it in a list")
-        if max_images < 0:
-            raise ConfigError(f"max_images = {max_images} must be 0 or more")
+        self._check_turns(prompts, max_images)
         decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         how, mix = self._how(sampler, steps, guidance)
         for prompt in prompts:
@@ -235,7 +232,7 @@ class DrawsLatents(WritesUnified):
         while left:
             room = self._room(written)
             opens = drawn < max_images and room > self.places + 2  # what follows an image must fit as well
-            token = self._next(written.hidden, opens, decoding, generator)
+            token = self._next_token(written.hidden, opens, decoding, [generator])
             if token == start:
                 drawn += 1
                 _say(branches, self._word(start))
@@ -256,16 +253,6 @@ class DrawsLatents(WritesUnified):
             if left:
                 _say(branches[:1], self._word(token))
         return [*out, *self._spoken(words)]
-
-    def _next(self, hidden: Tensor, opens: bool, decoding: Decoding, generator: torch.Generator) -> int:
-        """The next token behind ``hidden`` [1, D]: of text, the end, or an image's start where one may open."""
-        logits = self.decoder.logits(hidden).float()  # [1, V]
-        allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        allowed[: self.vocabulary.text] = self.text_columns
-        allowed[self.vocabulary.id(self.style.start)] = opens
-        draw = torch.rand(1, generator=generator, dtype=torch.float64) if decoding.temperature else None
-        draw = None if draw is None else draw.to(logits.device)
-        return int(choose(logits.masked_fill(~allowed, -torch.inf), decoding, draw))
 
     def _told(self, prompt: Sequence[Any]) -> list[Text | Image]:
         """A prompt as parts of a row."""

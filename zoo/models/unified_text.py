@@ -6,17 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.data.sequences import SequenceStyle, layout_of, segments_of
+from zoo.data.sequences import MOST_IMAGES, SequenceStyle, layout_of, segments_of
 from zoo.data.vocabulary import Vocabulary
 from zoo.decoders.base import Decoder
+from zoo.errors import ConfigError
 from zoo.layout import Layout, TokenBatch
 from zoo.layout_facts import Padding
 from zoo.models.bridge import _check_slots
 from zoo.models.writing import WritesText
 from zoo.part import Features
-from zoo.sampling.text import Decoding, align_right, write
+from zoo.sampling.text import Decoding, align_right, choose, write
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
@@ -123,6 +125,36 @@ class WritesUnified(WritesText):
             prompt_ids=input_ids,
             tell=tell,
         )
+
+    # -- texts and images in turns ---------------------------------------------------------------------------------
+
+    def _check_turns(self, prompts: Sequence[Sequence[ImageLike]], max_images: int) -> None:
+        """Refuse what ``generate_interleaved`` cannot continue, before anything is computed.
+
+        Raises:
+            ConfigError: A prompt that is no list, or more images than a row may hold.
+        """
+        if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+            raise ConfigError("expected a list of prompts, each a list of texts and images: wrap it in a list")
+        if not 0 <= max_images <= MOST_IMAGES:
+            raise ConfigError(f"max_images = {max_images}: expected 0 to {MOST_IMAGES}")
+        for prompt in prompts:
+            given = sum(not isinstance(part, str) for part in prompt)
+            if given + max_images > MOST_IMAGES:
+                raise ConfigError(f"{given} images and {max_images} to come: at most {MOST_IMAGES} fit a row")
+
+    def _next_token(self, hidden: Tensor, begins: bool, text: Decoding, generators: Sequence[torch.Generator]) -> int:
+        """What follows ``hidden`` [1, D]: a text id, the end, or where an image may begin its start; never a code."""
+        start, columns = self.vocabulary.id(self.style.start), self.text_columns
+        allowed = F.pad(columns, (0, max(0, start + 1 - len(columns))), value=False)
+        allowed[start] = begins
+        logits = self.decoder.logits_of(hidden, slice(0, len(allowed))).float().masked_fill(~allowed, -torch.inf)
+        draw = None
+        if text.temperature:
+            draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(hidden.device)
+        return int(choose(logits, text, draw))
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
 
     def text_logits(
         self,
