@@ -33,7 +33,12 @@ def main(argv: Sequence[str]) -> int:
     drawing.add_argument("--out", metavar="FILE.png", help="the picture, or a sheet of several")
     drawing.add_argument("--count", type=int, default=None, help="pictures of each text, with seeds one after another")
     drawing.add_argument("--steps", type=int, default=None, help="passes over an image; default: the model's")
-    drawing.add_argument("--guidance", type=float, default=None, help="weight of the text; default: the model's")
+    drawing.add_argument(
+        "--guidance",
+        type=float,
+        default=None,
+        help="weight of the text: w of (1 + w)c - wu (Show-o), s of u + s(c - u) (others); default: the model's",
+    )
     drawing.add_argument("--max-images", type=int, default=4, help="that continue --part, at most")
     arguments = parser.parse_intermixed_args(argv)
     from zoo.cli.commands.chat import load
