@@ -235,6 +235,16 @@ def outcome_of(folder: Path) -> Outcome:
     return Outcome(folder, str(manifest.get("status", "not started")), manifest.get("error"))
 
 
+def _done(folder: Path) -> Outcome:
+    """A finished run; what its evaluation left out is told, of which metrics.json says nothing."""
+    from zoo.compare.rundir import Run
+
+    for task, reason in dict(Run.read(folder).manifest.get("skipped") or {}).items():
+        print(f"{folder}: {task} skipped, {reason}")
+    print(f"{folder}: done")
+    return Outcome(folder, "done")
+
+
 def run_folder(folder: Path, config: RunConfig) -> Outcome:
     """Run one prepared folder here, or on several devices through workers; a failure is returned: a sweep goes on."""
     from zoo.cli.progress import Bars
@@ -248,16 +258,17 @@ def run_folder(folder: Path, config: RunConfig) -> Outcome:
         from zoo.worker import INTERRUPTED, launch
 
         status = launch(folder, config.trainer.devices, config.trainer.nodes)
-        if status in (0, INTERRUPTED):
-            return Outcome(folder, "interrupted" if status else "done")
+        if status == 0:
+            return _done(folder)
+        if status == INTERRUPTED:
+            return Outcome(folder, "interrupted")
         return Outcome(folder, "failed", f"a worker ended with status {status}; its message is above")
     from zoo.train import Interrupted, run
 
     try:
         with Bars(f"{config.name} seed={config.seed}") as bars:
             run(folder, progress=bars)
-        print(f"{folder}: done")
-        return Outcome(folder, "done")
+        return _done(folder)
     except Interrupted as stop:
         print(f"\ninterrupted at {stop}; the same command goes on from there ({folder})")
         return Outcome(folder, "interrupted")
