@@ -91,6 +91,17 @@ def test_what_cannot_be_read_is_passed_over(make_run: Callable[..., Path], tmp_p
     assert [line[-1] for line in sweep_rows(swept)] == ["0.800", "–"]
 
 
+def test_another_field_is_its_own_axis(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run("show-o", 0)
+    for value in ("1.5", "3"):
+        put(run, value, 16.0, 0.2)
+        file = run / "eval" / f"steps={value}" / "sweep.json"
+        file.write_text(file.read_text().replace("steps", "guidance"))
+    (swept,) = find_sweeps(build_leaderboard(find_runs([tmp_path])).rows)
+    assert [p.x for p in swept.points] == [1.5, 3.0]
+    assert (swept.field, swept.title) == ("guidance", "guidance")
+
+
 def test_a_trend_is_drawn_over_powers_of_two() -> None:
     curve = charts.Trend(points=[(8, 0.1), (64, 0.4)], hollow=[False, True], label="a<b", series=0)
     lone = charts.Trend(points=[(1024, 0.3)], hollow=[False], label="codes", series=1)

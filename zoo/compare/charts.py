@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 400, 290
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
@@ -264,10 +265,13 @@ def trends(
         points = [(axes.x(math.log2(x)), axes.y(y), x, y) for x, y in curve.points if x > 0]
         if not points:
             continue
+        for (x0, y0, *_), (x1, y1, *_) in pairwise(points):  # labels keep off the lines as well
+            at = [(x0 + (x1 - x0) * k / 6, y0 + (y1 - y0) * k / 6) for k in range(1, 6)]
+            taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in at]
         line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _, _ in points)
         body.append(f'<path d="{line}" fill="none" stroke="{colour(curve.series)}" stroke-width="2"/>')
-        for (x, y, at, value), hollow in zip(points, curve.hollow, strict=True):
-            tip = escape(f"{curve.label}: {y_text(value)} at {compact(at)}")
+        for (x, y, passes, value), hollow in zip(points, curve.hollow, strict=True):
+            tip = escape(f"{curve.label}: {y_text(value)} at {compact(passes)}")
             body.append(f"<g>{_marker(x, y, curve.series, hollow)}<title>{tip}</title></g>")
         ends.append((points[-1][0], points[-1][1], curve.label))
     body += [_label(x, y, label, taken) for x, y, label in sorted(ends, key=lambda end: end[1])]
@@ -287,7 +291,8 @@ def standalone(svg: str) -> str:
     colours = "".join(f"{name}:{value};" for name, value in LIGHT.items())
     style = (
         f"<style>svg{{{colours}font-family:system-ui,sans-serif;background:var(--card)}}.grid{{stroke:var(--grid)}}"
-        ".zero,.leader{stroke:var(--soft)}text{fill:var(--soft);font-size:11.5px}"
+        ".zero,.leader{stroke:var(--soft)}text{fill:var(--soft);font-size:11.5px;"
+        "paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}"
         ".label{font-size:12px;font-weight:600;fill:var(--ink)}</style>"
     )
     size = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}" class="chart"'

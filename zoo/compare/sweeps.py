@@ -20,6 +20,9 @@ from zoo.evaluation.sweep import SWEEP_FILE
 PASSES = "passes"
 """The metric that says how many forward passes an image took."""
 
+STEPS = "steps"
+"""The field whose values are drawn as the forward passes that they took."""
+
 
 @dataclass(frozen=True)
 class SweepPoint:
@@ -27,7 +30,7 @@ class SweepPoint:
 
     Attributes:
         value: As in the folder's name, ``8`` or ``all``.
-        x: Forward passes an image where they were counted, else the value.
+        x: Of steps the forward passes an image where they were counted, else the value.
         flagged: Measured under other conditions than most points of its task.
     """
 
@@ -60,7 +63,8 @@ class Swept:
     @property
     def title(self) -> str:
         """What the x axis shows."""
-        return "forward passes an image" if all(PASSES in point.metrics for point in self.points) else self.field
+        counted = self.field == STEPS and all(PASSES in point.metrics for point in self.points)
+        return "forward passes an image" if counted else self.field
 
 
 def find_sweeps(rows: Sequence[Row]) -> tuple[Swept, ...]:
@@ -83,7 +87,7 @@ def find_sweeps(rows: Sequence[Row]) -> tuple[Swept, ...]:
             for metric in found[0][0]
             if metric in shared
         }
-        x = mean.get(PASSES, _number(value))
+        x = mean[PASSES] if field == STEPS and PASSES in mean else _number(value)
         if x is not None:
             flagged = any(condition != usual[task] for _, condition in found)
             points.setdefault((task, field), []).append(
