@@ -62,6 +62,9 @@ def heading(column: Column) -> str:
     return column.info.label + (" %" if column.info.percent else "") + arrow
 
 
+GAP = 2
+"""Characters between two columns in the terminal."""
+
 COSTS: tuple[tuple[str, str], ...] = (
     ("trained", "trained parameters"),
     ("total", "parameters"),
@@ -117,24 +120,26 @@ def print_leaderboard(board: Leaderboard, console: Console | None = None) -> Non
         return text
 
     for task in board.tasks:
-        columns = [c for c in board.columns if c.task == task]
-        table = Table(
-            title=task,
-            box=box.SIMPLE_HEAD,
-            title_justify="left",
-            title_style="bold",
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        table.add_column("run", overflow="fold", min_width=min(24 if len(columns) < 7 else 14, widest))
-        for column in columns:
-            table.add_column(heading(column), justify="right", no_wrap=len(columns) < 4)
-        for row in board.rows:
-            cells = [row.cells.get(c.key) for c in columns]
-            if any(cells):
-                texts = [_rich_cell(c, cell) for c, cell in zip(columns, cells, strict=True)]
-                table.add_row(name(row), *texts)
-        console.print(table)
+        found = [c for c in board.columns if c.task == task]
+        for number, columns in enumerate(fitting(board, found, console.width - min(widest, 24) - GAP)):
+            table = Table(
+                title=task + (" (more)" if number else ""),
+                box=box.SIMPLE_HEAD,
+                title_justify="left",
+                title_style="bold",
+                padding=(0, 1, 0, 0),
+                pad_edge=False,
+            )
+            table.add_column("run", overflow="fold", min_width=min(24 if len(columns) < 7 else 14, widest))
+            for column in columns:
+                wide = max(column_width(board, column), len(heading(column)) if len(columns) < 4 else 0)
+                table.add_column(_broken(column), justify="right", width=wide)
+            for row in board.rows:
+                cells = [row.cells.get(c.key) for c in columns]
+                if any(cells):
+                    texts = [_rich_cell(c, cell) for c, cell in zip(columns, cells, strict=True)]
+                    table.add_row(name(row), *texts)
+            console.print(table)
     if board.rows:
         table = Table(
             title="cost",
@@ -157,6 +162,36 @@ def print_leaderboard(board: Leaderboard, console: Console | None = None) -> Non
         console.print(Text(f"! {run.name} (seed {run.seed}) is not in the table: {why}", "yellow"))
     for warning in board.warnings:
         console.print(Text(f"! {warning}", "yellow"))
+
+
+def column_width(board: Leaderboard, column: Column) -> int:
+    """Characters of a column whose numbers stand in one line and whose heading breaks between words."""
+    texts = [cell_text(column, cell) for row in board.rows if (cell := row.cells.get(column.key)) is not None]
+    return max(map(len, [*texts, *_broken(column).split(" ")]), default=0)
+
+
+def _broken(column: Column) -> str:
+    """The heading, whose unit and arrow stay with its last word."""
+    return (
+        heading(column)
+        .replace(" %", "\N{NO-BREAK SPACE}%")
+        .replace(" ↑", "\N{NO-BREAK SPACE}↑")
+        .replace(" ↓", "\N{NO-BREAK SPACE}↓")
+    )
+
+
+def fitting(board: Leaderboard, columns: Sequence[Column], width: int) -> list[list[Column]]:
+    """Cut a task's columns into tables of at most ``width`` characters, so that no number is cut short."""
+    tables: list[list[Column]] = [[]]
+    left = width
+    for column in columns:
+        need = GAP + column_width(board, column)
+        if need > left and tables[-1]:
+            tables.append([])
+            left = width
+        tables[-1].append(column)
+        left -= need
+    return tables
 
 
 def _rich_cell(column: Column, cell: Cell | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from zoo.errors import ConfigError, ZooError
 from zoo.part import SIZE_FIELDS, PartConfig, seeded
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-WRONG: tuple[tuple[type, Any], ...] = ((bool, "yes"), (int, "64"), (float, "0.1"), (str, 7))
+WRONG: tuple[tuple[type, Any], ...] = ((bool, "yes"), (int, "64"), (float, "0.1"), (str, 7), (str, [7]))
 """Type of a field's default -> a value of another type that a lenient reader would convert."""
 
 
@@ -89,9 +89,11 @@ def check_config(kind: str, name: str) -> None:
     message = refused(lambda: registry.parse(name, {typo: 1}), f"{what}: an unknown field {typo!r}")
     expect(typo in message, f"{what}: the message for an unknown field does not name it: {message}")
     expect(not names or typo[:-1] in message, f"{what}: the message for {typo!r} suggests no near name: {message}")
+    hints = get_type_hints(cls)
     for key in names:
         value = getattr(config, key)
-        wrong = next((w for kind_of, w in WRONG if type(value) is kind_of), None)
+        taken = get_args(hints[key]) or (hints[key],)  # several types where the field says so
+        wrong = next((w for kind_of, w in WRONG if type(value) is kind_of and type(w) not in taken), None)
         if wrong is None:
             continue
         message = refused(lambda key=key, wrong=wrong: registry.parse(name, {key: wrong}), f"{what}: {key} = {wrong!r}")  # type: ignore[misc]
