@@ -128,6 +128,16 @@ def test_encoding_leaves_the_codebook_alone_even_in_training() -> None:
     assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
 
 
+def test_codes_are_those_of_fp32_under_autocast() -> None:
+    torch.manual_seed(3)
+    made = VQTokenizer(VQConfig(image_size=32, patch_size=8, width=32, vocab_size=256))
+    images = torch.randn(8, 3, 32, 32)
+    codes = made.encode(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(made.encode(images), codes)
+        assert made._vectors(images).dtype == torch.bfloat16
+
+
 def test_grid_follows_patch_and_image() -> None:
     assert VQConfig().grid == (14, 14)
     assert VQConfig().vocab_size == 8192

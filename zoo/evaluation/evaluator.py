@@ -129,7 +129,8 @@ def to_pictures(images: Tensor, count: int, task: str) -> list[Image]:
         ConfigError: another shape, another number than ``count``, or values that are not finite.
     """
     import torch
-    from PIL import Image as pil
+
+    from zoo.data.sheet import to_picture
 
     if images.ndim != 4 or images.shape[1] != 3 or len(images) != count:
         raise ConfigError(
@@ -137,5 +138,4 @@ def to_pictures(images: Tensor, count: int, task: str) -> list[Image]:
         )
     if not bool(torch.isfinite(images).all()):
         raise ConfigError(f"{task}: generate_images gave values that are not finite; the model has diverged")
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    return [pil.fromarray(row.numpy()) for row in pixels]
+    return [to_picture(image) for image in images]

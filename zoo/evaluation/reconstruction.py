@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoo.capabilities import EncodeImages, ReconstructImages
+from zoo.data.sheet import to_picture
 from zoo.evaluation.catalogue import METRICS, MetricInfo
 from zoo.evaluation.task import (
     Progress,
@@ -75,7 +76,7 @@ class Reconstruction(Task):
                 row = {name: values[place] for name, values in columns.items()}
                 items.append({"item": sample.id, "cluster": cluster_of(sample), **row})
                 if sample.id in shown:
-                    pictures[sample.id] = picture(drawn[place])
+                    pictures[sample.id] = to_picture(drawn[place])
         metrics = {name: sum(row[name] for row in items) / len(items) for name in columns}
         metrics["images"] = float(len(items))
         if codes:
@@ -130,10 +131,3 @@ def use_of(codes: list[Tensor], size: int) -> dict[str, float]:
         "codebook_share": used / size,
         "perplexity": float(torch.special.entr(share).sum().exp()),
     }
-
-
-def picture(pixels: Tensor) -> Image:
-    """An image [3, H, W] in [0, 1] as PIL has it."""
-    from PIL import Image as pil
-
-    return pil.fromarray((pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.objectives.base import full_precision
 from zoo.tokenizers.base import ImageTokenizer, ImageTokenizerConfig
 from zoo.tokenizers.convolutional import as_grid
 from zoo.tokenizers.entropy import Entropies
@@ -113,8 +114,10 @@ class VQTokenizer(ImageTokenizer):
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """The codes of [B, 3, H, W] in row order, [B, h*w] int64; the codebook stays as it is."""
-        codes: Tensor = self.quantizer.nearest(F.normalize(self._vectors(pixel_values).float(), dim=-1))
+        """The codes of [B, 3, H, W] in row order, [B, h*w] int64, computed in fp32 under autocast too (as
+        ``ConvTokenizer``'s); the codebook stays as it is."""
+        with full_precision(pixel_values):
+            codes: Tensor = self.quantizer.nearest(F.normalize(self._vectors(pixel_values).float(), dim=-1))
         return codes.flatten(1)
 
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
