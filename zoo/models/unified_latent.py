@@ -251,7 +251,7 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
         """Noisy latents, their levels [N], and what is to be predicted of them."""
         count, device = len(clean), clean.device
         noise, time = batch.get("image_noise"), batch.get("image_time")
-        if noise is None or time is None:
+        if noise is None or time is None or not len(time):  # a batch without images draws for its blank one
             generator = None if self.training else torch.Generator().manual_seed(EVALUATED)
             where = device if self.training else torch.device("cpu")
             if device.type == "meta":
