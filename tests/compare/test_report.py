@@ -258,8 +258,10 @@ def test_labels_do_not_lie_on_each_other() -> None:
         for n in range(6)
     ]
     picture = charts.scatter(points, "x", "y", lambda v: f"{v:.2f}", "t")
-    found = re.findall(r'class="label" x="([-\d.]+)" y="([-\d.]+)"', picture)
-    boxes = [(float(x), float(y) - 9, float(x) + 17 * charts.CHARACTER, float(y)) for x, y in found]
+    found = re.findall(r'class="label" x="([-\d.]+)" y="([-\d.]+)"( text-anchor="end")?', picture)
+    wide = 17 * charts.CHARACTER
+    lefts = [float(x) - (wide if end else 0) for x, _, end in found]
+    boxes = [(left, float(y) - 9, left + wide, float(y)) for left, (_, y, _) in zip(lefts, found, strict=True)]
     assert len(boxes) == 6
     for n, a in enumerate(boxes):
         assert a[0] >= 0

@@ -199,6 +199,8 @@ def _label(x: float, y: float, label: str, taken: list[tuple[float, float, float
     leader = ""
     if math.hypot(near_x - x, near_y - y) > 12:
         leader = f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{near_x:.1f}" y2="{near_y:.1f}"/>'
+    if left + width < x:  # the width is an estimate: its error goes away from the point
+        return leader + _text(left + width, base, label, "label", "end")
     return leader + f'<text class="label" x="{left:.1f}" y="{base:.1f}">{escape(label)}</text>'
 
 
