@@ -279,7 +279,7 @@ CALLS = {
     "TypeVar", "ParamSpec", "NewType", "frozenset", "tuple", "dict", "list", "set", "range", "sorted", "object",
     "float", "re.compile", "Path", "field", "dataclass", "logging.getLogger", "math.log", "math.sqrt", "cache",
     "partial",
-    "MappingProxyType", "dict.fromkeys", "threading.Lock", "struct.Struct", "_VICUNA.format",
+    "MappingProxyType", "dict.fromkeys", "threading.Lock", "ContextVar", "struct.Struct", "_VICUNA.format",
 }  # fmt: skip
 """Calls a module may make when it is imported, beside the zoo's own: they make constants."""
 
