@@ -447,6 +447,15 @@ def test_a_saved_flow_draws_as_it_did(tmp_path: Path) -> None:
     torch.testing.assert_close(again.generate_images(["cat"], steps=2), expected)
 
 
+def test_weights_in_16_bits_draw() -> None:
+    small = made().model.to(torch.bfloat16)
+    with torch.no_grad():
+        drawn = small.generate_images(["cat"], steps=2)
+        edited = small.edit_images([picture(0)], ["larger"], steps=1)
+    assert drawn.dtype == edited.dtype == torch.float32
+    assert bool(torch.isfinite(drawn).all())
+
+
 def test_mistakes_are_one_line(model: Any) -> None:
     with pytest.raises(ConfigError, match="'midpoint' does not fit DDPM: choose ddpm or ddim"):
         model.generate_images(["cat"], sampler="midpoint")

@@ -196,14 +196,15 @@ class DrawsLatents(WritesUnified):
         height, width = self.image_config.grid
         noise = gaussian(generators, (self.image_tokenizer.channels, height, width), self.device)
         inside = len(mix) // len(prefixes)  # branches of one prefix
+        dtype = next(self.patch_codec.parameters()).dtype  # steps are taken in fp32 whatever the weights' precision
 
         def predict(x: Tensor, level: Tensor) -> Tensor:
-            tokens, skips = self.patch_codec.encode(x, level)  # [N, n, D]
+            tokens, skips = self.patch_codec.encode(x.to(dtype), level)  # [N, n, D]
             tokens = tokens.repeat(inside, 1, 1)
             hidden = torch.cat([prefix.block(tokens, f"image {number}", modality=1) for prefix in prefixes])
             around = tuple(skip.repeat(len(mix), *(1,) * (skip.ndim - 1)) for skip in skips)
             out = self.patch_codec.decode(hidden, around, level.repeat(len(mix)), (height, width))
-            return mixed(out, mix)
+            return mixed(out.to(x.dtype), mix)
 
         return denoise(self.process, predict, noise, how, generators)
 
@@ -314,7 +315,8 @@ class DrawsLatents(WritesUnified):
 
     def _clean(self, latents: Tensor) -> Tensor:
         """The patches [N, n, D] of clean latents [N, C, h, w]."""
-        return self.patch_codec.encode(latents, latents.new_zeros(len(latents)))[0]
+        dtype = next(self.patch_codec.parameters()).dtype
+        return self.patch_codec.encode(latents.to(dtype), latents.new_zeros(len(latents)))[0]
 
     def _encoded(self, images: Sequence[ImageLike]) -> Tensor:
         return self.image_tokenizer.encode(self._pixels(images))
