@@ -98,7 +98,7 @@ def sampled(arguments: argparse.Namespace, peer: Any, model: Any) -> dict[str, A
             force_modality_at_start=0, modality_steps=16, cfg_scale=GUIDANCE, text_temperature=0.0,
         )  # fmt: skip
 
-    inside, calls = model._next, [0]
+    inside, calls = model._next_token, [0]
 
     def scripted(hidden: Tensor, opens: bool, *others: Any) -> int:
         """The model's own choice is computed, and an image opened first and never again."""
@@ -106,7 +106,7 @@ def sampled(arguments: argparse.Namespace, peer: Any, model: Any) -> dict[str, A
         calls[0] += 1
         return boi if calls[0] == 1 else (token if token not in model.processor.stop_ids else 7)
 
-    model._next, model._pictures = scripted, lambda latents: latents
+    model._next_token, model._pictures = scripted, lambda latents: latents
     model.processor.text_ids = lambda text: tuple(prompt.tolist())
     how = {"steps": 15, "guidance": GUIDANCE, "sampler": "midpoint"}
 
