@@ -13,22 +13,22 @@ _T5 = "zoo.encoders.t5:T5EncoderConfig"
 def _lm(size: str, parameters: str, **preset: Any) -> Component:
     return Component(
         kind="decoder",
-        name=f"llamagen-{size.lower()}",
+        name=f"llamagen-{size}",
         ref=_LM,
         preset=preset,
-        summary=f"LlamaGen-{size}, {parameters}: Llama over image codes, positions on two axes",
+        summary=f"LlamaGen-{size.upper()}, {parameters}: Llama over image codes, positions on two axes",
     )
 
 
 LLAMAGEN = (
-    _lm("B", "111M"),  # table 2 of the paper, and gpt.py's GPT_1B to GPT_7B
-    _lm("L", "343M", width=1024, depth=24, heads=16, ffn=2816),
-    _lm("XL", "775M", width=1280, depth=36, heads=20, ffn=3584),
-    _lm("XXL", "1.4B", width=1536, depth=48, heads=24, ffn=4096),
-    _lm("XXXL", "3.9B", width=2560, depth=48, heads=40, ffn=6912),
-    _lm("1B", "1.2B", width=2048, depth=22, heads=32, ffn=5632),
-    _lm("3B", "3.1B", width=3200, depth=24, heads=32, ffn=8704),
-    _lm("7B", "6.6B", width=4096, depth=32, heads=32, ffn=11008),
+    _lm("b", "111M"),  # table 2 of the paper, and gpt.py's GPT_1B to GPT_7B
+    _lm("l", "343M", width=1024, depth=24, heads=16, ffn=2816),
+    _lm("xl", "775M", width=1280, depth=36, heads=20, ffn=3584),
+    _lm("xxl", "1.4B", width=1536, depth=48, heads=24, ffn=4096),
+    _lm("xxxl", "3.9B", width=2560, depth=48, heads=40, ffn=6912),
+    _lm("1b", "1.2B", width=2048, depth=22, heads=32, ffn=5632),
+    _lm("3b", "3.1B", width=3200, depth=24, heads=32, ffn=8704),
+    _lm("7b", "6.6B", width=4096, depth=32, heads=32, ffn=11008),
     *(
         Component(
             kind="image_tokenizer",

@@ -22,7 +22,7 @@ from zoo.data.loader import loader
 from zoo.data.openmoji import OpenMojiConfig
 from zoo.data.order import SampleOrder
 from zoo.data.sample import ArraySource, BlankImages, data_hash
-from zoo.data.scenes import Scenes, ScenesConfig, parse_objects
+from zoo.data.scenes import Scenes, ScenesConfig, parse_range
 from zoo.data.scenes_icons import is_thing, stems
 from zoo.data.scenes_layout import BACKGROUNDS, Placed, Scene, beside, places, sizes
 from zoo.data.scenes_layout import Stream as Draws
@@ -428,7 +428,7 @@ def test_mixes_and_what_cannot_be() -> None:
     assert all(only.questions(i) for i in only.ids("train"))
     white = make(turns=0)
     assert "colour" not in {q.kind for i in white.ids("train") for q in white.questions(i)}
-    assert parse_objects("3") == (3, 3)
+    assert parse_range("3", "objects", 1, 16) == (3, 3)
     with pytest.raises(ConfigError, match="unknown kind 'cuont'; did you mean count"):
         make(questions="cuont")
     with pytest.raises(ConfigError, match="need two objects"):

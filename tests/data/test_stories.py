@@ -16,9 +16,9 @@ from PIL import Image
 from zoo.cli import main
 from zoo.data.processor import images_of
 from zoo.data.sample import data_hash, interleaved, parts_of
-from zoo.data.scenes import owner
+from zoo.data.scenes import owner, parse_range
 from zoo.data.scenes_edits import apply, form
-from zoo.data.stories import Stories, StoriesConfig, parse_frames
+from zoo.data.stories import FRAMES, Stories, StoriesConfig
 from zoo.errors import ConfigError, DataError
 from zoo.plugin import catalogue
 
@@ -193,7 +193,7 @@ def test_lengths_and_white_stories() -> None:
         assert len(story.scenes) == 8
         assert {scene.background for scene in story.scenes} == {"white"}
         assert all(len(scene.objects) <= 3 for scene in story.scenes)
-    assert parse_frames("2..6") == (2, 6)
+    assert parse_range("2..6", "frames", *FRAMES) == (2, 6)
     for wrong in ("1", "9", "5..3", "x", "", "3..", "0..4"):
         with pytest.raises(ConfigError, match="from 2 to 8"):
             make(frames=wrong)

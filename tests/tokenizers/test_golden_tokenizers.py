@@ -229,6 +229,10 @@ def test_losses_of_show_os_class(signs: tuple[Any, Tensor]) -> None:
     c, out = g.config, LookupFree(6)(x)
     loss = c["commit_loss_multiplier"] * (out.commitment + c["beta"] * out.codebook_loss)
     compare(loss, x, g, "showo_quantizer_loss", "showo_grad_quantizer_loss")
+    # without a codebook the second term cancels a quarter of the commitment's gradient
+    (whole,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (commitment,) = torch.autograd.grad(c["commit_loss_multiplier"] * out.commitment, x, retain_graph=True)
+    torch.testing.assert_close(whole, 0.75 * commitment, **CLOSE)
     found = LookupFree.entropies(out.latents, 1.0, over="bits")
     loss = c["entropy_multiplier"] * (found.sample - found.batch)
     compare(loss, x, g, "showo_entropy_loss", "showo_grad_entropy_loss")

@@ -156,20 +156,10 @@ class SourceConfig:
         raise TypeError(f"{type(self).__name__} defines no open")
 
 
-class BlankImages:
-    """Any source with every image replaced by one colour of the same size: the control that reads only the text.
+class Wrapped:
+    """Base of what shows another source differently: ids, order and everything not said otherwise are the source's."""
 
-    Ids, order and texts, and therefore ``version``, are those of the wrapped source; ``control`` tells the two apart.
-    """
-
-    control = True
-
-    def __init__(self, source: Source, color: tuple[int, int, int] = (255, 255, 255)) -> None:
-        self.source = source
-        self.color = color
-        if isinstance(source, ArraySource):
-            self.images = self._images
-            self.text_sample = source.text_sample
+    source: Source
 
     @property
     def name(self) -> str:
@@ -190,6 +180,28 @@ class BlankImages:
     def ids(self, split: str) -> list[str]:
         return self.source.ids(split)
 
+    def __getattr__(self, name: str) -> Any:
+        # what else the wrapped source offers (attributes, candidates, ...) stays reachable
+        if name.startswith("_") or name in ("source", "images", "text_sample"):
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+class BlankImages(Wrapped):
+    """Any source with every image replaced by one colour of the same size: the control that reads only the text.
+
+    Ids, order and texts, and therefore ``version``, are those of the wrapped source; ``control`` tells the two apart.
+    """
+
+    control = True
+
+    def __init__(self, source: Source, color: tuple[int, int, int] = (255, 255, 255)) -> None:
+        self.source = source
+        self.color = color
+        if isinstance(source, ArraySource):
+            self.images = self._images
+            self.text_sample = source.text_sample
+
     def sample(self, id: str) -> Sample:
         from PIL import Image
 
@@ -208,37 +220,16 @@ class BlankImages:
         shape = (len(ids), *self.source.images(ids[:1]).shape[1:])
         return np.broadcast_to(np.asarray(self.color, np.uint8), shape).copy()  # [n, H, W, 3]
 
-    def __getattr__(self, name: str) -> Any:
-        # what else the wrapped source offers (attributes, candidates, ...) stays reachable
-        if name.startswith("_") or name in ("source", "images", "text_sample"):
-            raise AttributeError(name)
-        return getattr(self.source, name)
 
-
-class TextOnly:
+class TextOnly(Wrapped):
     """Any source without its images: the texts for a language model. Ids and order are those of the wrapped source."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
     @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
     def version(self) -> str:
         return f"{self.source.version}/text-only"
-
-    @property
-    def licence(self) -> str:
-        return self.source.licence
-
-    @property
-    def max_bad(self) -> int:
-        return self.source.max_bad
-
-    def ids(self, split: str) -> list[str]:
-        return self.source.ids(split)
 
     def sample(self, id: str) -> Sample:
         """Return the sample without images; of ``meta["parts"]`` the texts are left.
@@ -257,12 +248,6 @@ class TextOnly:
         return replace(found, image=None, meta=meta)
 
     text_sample = sample
-
-    def __getattr__(self, name: str) -> Any:
-        # order, attributes, ... stay reachable; what is of the images is not (nor need they be rendered)
-        if name.startswith("_") or name in ("source", "images", "masks", "prepare", "image_stamp"):
-            raise AttributeError(name)
-        return getattr(self.source, name)
 
 
 def parts_of(sample: Sample) -> tuple[str | int, ...]:

@@ -67,19 +67,27 @@ class ScenesConfig(SourceConfig):
         return Scenes(self, self.size or image_size or DEFAULT_SIZE)
 
 
-def parse_objects(text: str) -> tuple[int, int]:
+def parse_range(text: str | int, field: str, lowest: int, highest: int) -> tuple[int, int]:
     """Return the least and the most of ``"3"`` or ``"1..4"``.
+
+    Args:
+        field: what the message calls it.
+        lowest: the least that may be asked for.
+        highest: the most.
 
     Raises:
         ConfigError: anything else.
     """
-    low, dots, high = text.partition("..")
+    low, dots, high = str(text).partition("..")
     try:
         least, most = int(low), int(high if dots else low)
     except ValueError:
-        least, most = 0, 0
-    if not 1 <= least <= most <= MOST:
-        raise ConfigError(f"objects = {text!r}: expected a number or a range like 1..4, from 1 to {MOST}")
+        least, most = lowest - 1, lowest - 1
+    if not lowest <= least <= most <= highest:
+        raise ConfigError(
+            f"{field} = {text!r}: expected a number or a range like {lowest}..{min(lowest + 3, highest)}, from {lowest}"
+            f" to {highest}"
+        )
     return least, most
 
 
@@ -100,7 +108,7 @@ class Scenes:
             raise ConfigError(f"scenes can be rendered at 16 to 2048 pixels, not {size}")
         self.config = config
         self.size = size
-        self.objects = parse_objects(str(config.objects))
+        self.objects = parse_range(config.objects, "objects", 1, MOST)
         self.question_kinds = parse_kinds(config.questions)
         if config.background == "white":  # with one answer to it, it is no question
             if self.question_kinds == ("colour",):

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from zoo.data.sample import ArraySource, Sample, Source, stable_hash
+from zoo.data.sample import ArraySource, Sample, Source, Wrapped, stable_hash
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 
-class ShuffledCaptions:
+class ShuffledCaptions(Wrapped):
     """The source with the texts of some training samples handed on in a ring, so that none of these keeps its own.
 
     Which samples these are depends on a hash of their ids alone. A part of the training samples can be ``trusted``:
@@ -38,23 +38,8 @@ class ShuffledCaptions:
             self.text_sample = self._text_sample
 
     @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
     def version(self) -> str:
         return f"{self.source.version}/shuffled={self.fraction:g}/trusted={self.trusted_fraction:g}"
-
-    @property
-    def licence(self) -> str:
-        return self.source.licence
-
-    @property
-    def max_bad(self) -> int:
-        return self.source.max_bad
-
-    def ids(self, split: str) -> list[str]:
-        return self.source.ids(split)
 
     def sample(self, id: str) -> Sample:
         return self._exchanged(self.source.sample(id))
@@ -80,9 +65,3 @@ class ShuffledCaptions:
     def _images(self, ids: Sequence[str]) -> NDArray[np.uint8]:
         assert isinstance(self.source, ArraySource)
         return self.source.images(ids)
-
-    def __getattr__(self, name: str) -> Any:
-        # what else the wrapped source offers (attributes, candidates, ...) stays reachable
-        if name.startswith("_") or name in ("source", "images", "text_sample"):
-            raise AttributeError(name)
-        return getattr(self.source, name)

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from zoo.data.openmoji import DEFAULT_SIZE
 from zoo.data.sample import Sample, SourceConfig
-from zoo.data.scenes import ATTEMPTS, ScenesConfig, described
+from zoo.data.scenes import ATTEMPTS, ScenesConfig, described, parse_range
 from zoo.data.scenes_derived import Derived
 from zoo.data.scenes_edits import Edit, apply, draw, filled, form
 from zoo.data.scenes_icons import IconPool
 from zoo.data.scenes_layout import BACKGROUNDS, UNITS, Placed, Scene, Stream
 from zoo.data.scenes_render import Renderer
 from zoo.data.scenes_texts import an, prompt
-from zoo.errors import ConfigError, DataError
+from zoo.errors import DataError
 
 RULES = 1
 """Raised whenever the same fields make other frames or other sentences."""
@@ -76,22 +76,6 @@ class StoriesConfig(SourceConfig):
         return Stories(self, self.size or image_size or DEFAULT_SIZE)
 
 
-def parse_frames(text: str) -> tuple[int, int]:
-    """Return the least and the most of ``"4"`` or ``"3..5"``.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    low, dots, high = text.partition("..")
-    try:
-        least, most = int(low), int(high if dots else low)
-    except ValueError:
-        least, most = 0, 0
-    if not FRAMES[0] <= least <= most <= FRAMES[1]:
-        raise ConfigError(f"frames = {text!r}: expected a number or a range like 3..5, from {FRAMES[0]} to {FRAMES[1]}")
-    return least, most
-
-
 @dataclass(frozen=True, slots=True)
 class Story:
     """``scenes[n]`` is ``scenes[n - 1]`` with ``events[n - 1]`` applied; ``texts[n]`` says what ``scenes[n]`` shows.
@@ -117,7 +101,7 @@ class Stories(Derived):
 
     def __init__(self, config: StoriesConfig, size: int = DEFAULT_SIZE) -> None:
         self.config = config
-        self.frames = parse_frames(str(config.frames))
+        self.frames = parse_range(config.frames, "frames", *FRAMES)
         scenes = ScenesConfig(
             objects="1",
             questions="none",
