@@ -160,6 +160,8 @@ class Wrapped:
     """Base of what shows another source differently: ids, order and everything not said otherwise are the source's."""
 
     source: Source
+    hidden: ClassVar[frozenset[str]] = frozenset({"source", "images", "text_sample"})
+    """What is not passed on: it is of the other source's images, or this one's own."""
 
     @property
     def name(self) -> str:
@@ -182,7 +184,7 @@ class Wrapped:
 
     def __getattr__(self, name: str) -> Any:
         # what else the wrapped source offers (attributes, candidates, ...) stays reachable
-        if name.startswith("_") or name in ("source", "images", "text_sample"):
+        if name.startswith("_") or name in self.hidden:
             raise AttributeError(name)
         return getattr(self.source, name)
 
@@ -223,6 +225,9 @@ class BlankImages(Wrapped):
 
 class TextOnly(Wrapped):
     """Any source without its images: the texts for a language model. Ids and order are those of the wrapped source."""
+
+    # what is of the images, which need not even be rendered
+    hidden: ClassVar[frozenset[str]] = frozenset({"source", "images", "masks", "prepare", "image_stamp"})
 
     def __init__(self, source: Source) -> None:
         self.source = source
