@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from zoo.compare.bootstrap import Difference, Scores, paired_difference, pool_seeds
 from zoo.compare.rundir import HASHES, Run
+from zoo.compare.statistics import Difference, Scores, paired_difference, pool_seeds
 from zoo.errors import RunError, near
 from zoo.evaluation.catalogue import METRICS, MetricInfo, metric_info
 

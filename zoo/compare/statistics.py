@@ -6,6 +6,7 @@ first. The interval therefore tells how the difference would vary with other *it
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ class Difference:
         mean: the difference on the items both have.
         low, high: ends of the interval.
         items: how many items both have; clusters: how many groups were resampled.
+        seeds: how many training seeds both rows have; with one, the interval is over items only.
+        p: two-sided p value of no difference, from the same distribution as the interval.
+        p_adjusted: after Holm's correction over the ``family`` rows of the same column.
+        family: how many differences were corrected together.
+        detectable: the smallest difference that would be found clear with a power of 80 %; NaN where not known.
         baseline: name of the row it was taken against.
     """
 
@@ -36,12 +42,22 @@ class Difference:
     high: float
     items: int
     clusters: int
+    seeds: int = 1
+    p: float = 1.0
+    p_adjusted: float = 1.0
+    family: int = 1
+    detectable: float = math.nan
     baseline: str = ""
 
     @property
+    def exploratory(self) -> bool:
+        """Whether only one seed stands behind either row: what other seeds would give is then not in the interval."""
+        return self.seeds < 2
+
+    @property
     def clear(self) -> bool:
-        """Whether the interval excludes nought."""
-        return self.low > 0 or self.high < 0
+        """Whether two or more seeds tell the rows apart, after correction; one seed never does."""
+        return not self.exploratory and self.p_adjusted < 1 - LEVEL
 
 
 def pool_seeds(runs: Sequence[Scores]) -> dict[str, tuple[float, float]]:
@@ -86,7 +102,12 @@ def paired_difference(
         return None
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
-    return Difference(mean=mean, low=float(low), high=float(high), items=len(shared), clusters=len(names))
+    below = (1 + (resampled <= 0).sum()) / (1 + len(resampled))
+    above = (1 + (resampled >= 0).sum()) / (1 + len(resampled))
+    p = min(1.0, 2 * float(min(below, above)))
+    return Difference(
+        mean=mean, low=float(low), high=float(high), items=len(shared), clusters=len(names), p=p, p_adjusted=p
+    )
 
 
 def _difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
