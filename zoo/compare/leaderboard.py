@@ -6,13 +6,15 @@ import hashlib
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from zoo.compare.item_scores import ItemScores, ScoreFiles
 from zoo.compare.rundir import HASHES, Run
-from zoo.compare.statistics import Difference, Scores, paired_difference, pool_seeds
+from zoo.compare.statistics import Difference, differences, paired_estimates
 from zoo.errors import RunError, near
 from zoo.evaluation.catalogue import METRICS, MetricInfo, metric_info
 
@@ -47,7 +49,8 @@ class Cell:
         mean: over seeds.
         spread: sample standard deviation over seeds, ``None`` with one.
         best: best of the rows that may be compared.
-        difference: to the baseline, ``None`` for the baseline itself and where there are no per-item scores.
+        difference: to the baseline; ``None`` for the baseline itself, for rows that must not be compared with it, and
+            where there are no per-item scores.
     """
 
     mean: float
@@ -158,7 +161,8 @@ def build_leaderboard(runs: Sequence[Run], baseline: str | None = None) -> Leade
             raise RunError(f"the baseline {baseline!r} is no finished run: no run is finished yet")
         return Leaderboard((), (), "", {}, unfinished, tuple(warnings))
 
-    reference = max(rows, key=lambda row: sum(_same_conditions(row, other) for other in rows))  # the first of equals
+    conditions = Counter(_conditions(row) for row in rows)
+    reference = max(rows, key=lambda row: conditions[_conditions(row)])  # the first of equals
     if baseline is not None:
         named = [row for row in rows if row.name == baseline]
         if not named:
@@ -169,21 +173,27 @@ def build_leaderboard(runs: Sequence[Run], baseline: str | None = None) -> Leade
 
     table: list[dict[tuple[str, str], Cell]] = [{} for _ in rows]
     baselines: dict[tuple[str, str], str] = {}
-    scores = _ItemScores()
+    files = ScoreFiles()
     for column in columns:
         having = [row for row in rows if any(column.key[1] in run.metrics.get(column.task, {}) for run in row.runs)]
         against = _baseline(having, reference.name if baseline is not None else None)
+        found: dict[str, Difference] = {}
         if against is not None:
             baselines[column.key] = against.name
+            others = [row for row in having if row is not against]
+            warnings += [
+                f"{row.name} is not compared with {against.name} on {column.task}: {'; '.join(reasons)}"
+                for row in others
+                if row.comparable and (reasons := comparable(row, against))
+            ]
+            fit = [row for row in others if row.comparable and not comparable(row, against)]
+            found = column_differences(column, against, fit, files)
         for cells, row in zip(table, rows, strict=True):
             values = [v for run in row.runs if (v := run.metrics.get(column.task, {}).get(column.metric)) is not None]
             if not values:
                 continue
-            difference = None
-            if against is not None and row is not against and row.comparable and against.comparable:
-                difference = scores.difference(row, against, column)
             spread = statistics.stdev(values) if len(values) > 1 else None
-            cells[column.key] = Cell(sum(values) / len(values), spread, difference=difference)
+            cells[column.key] = Cell(sum(values) / len(values), spread, difference=found.get(row.name))
         _mark_best(column, table, rows)
     filled = tuple(replace(row, cells=cells) for row, cells in zip(rows, table, strict=True))
     return Leaderboard(filled, columns, reference.name, baselines, unfinished, tuple(dict.fromkeys(warnings)))
@@ -255,31 +265,45 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     return tuple(columns)
 
 
-def _same_conditions(row: Row, other: Row) -> bool:
-    return all(row.runs[0].hashes.get(kind) == other.runs[0].hashes.get(kind) for kind in HASHES if kind != "order")
+def _conditions(row: Row) -> tuple[str | None, ...]:
+    hashes = row.runs[0].hashes
+    return tuple(hashes.get(kind) for kind in HASHES if kind != "order")
 
 
-def _flags(row: Row, reference: Row) -> tuple[str, ...]:
-    """Say what differs between the conditions of two rows."""
-    if row is reference:
-        return tuple(f"no {kind} hash recorded" for kind in HASHES if not row.runs[0].hashes.get(kind))
-    flags = []
+def comparable(a: Row, b: Row) -> tuple[str, ...]:
+    """Say why row ``a`` must not be compared with row ``b``: one line a reason, none when it may be.
+
+    Rows may be compared that share data, evaluation and budget, and saw the same samples in the same order at some
+    seed. What a manifest does not record is not known to be shared.
+    """
+    reasons = []
     for kind in HASHES:
         if kind == "order":
             continue
-        ours, theirs = row.runs[0].hashes.get(kind), reference.runs[0].hashes.get(kind)
-        if ours is None:
-            flags.append(f"no {kind} hash recorded")
-        elif ours != theirs:
-            flags.append(f"other {kind} ({ours[:8]}, not {(theirs or 'unknown')[:8]})")
-    orders = {run.seed: run.hashes.get("order") for run in reference.runs}
-    if None in (run.hashes.get("order") for run in row.runs):
-        flags.append("no order hash recorded")
-    elif any(run.seed in orders and run.hashes["order"] != orders[run.seed] for run in row.runs):
-        flags.append("other sample order at the same seed")
-    if not set(row.seeds) & set(reference.seeds):
-        flags.append(f"other seeds ({', '.join(row.seeds)}, not {', '.join(reference.seeds)})")
-    return tuple(flags)
+        ours, theirs = ({run.hashes.get(kind, "") for run in row.runs} for row in (a, b))
+        if "" in ours or "" in theirs:
+            reasons.append(f"no {kind} hash recorded" + ("" if "" in ours else f" in {b.name}"))
+        elif ours != theirs or len(ours) > 1:
+            shown, expected = (", ".join(sorted(h[:8] for h in hashes)) for hashes in (ours, theirs))
+            reasons.append(f"other {kind} ({shown}, not {expected})")
+    orders = {run.seed: run.hashes.get("order") for run in b.runs}
+    shared = [run for run in a.runs if run.seed in orders]
+    if not shared:
+        reasons.append(f"other seeds ({', '.join(a.seeds)}, not {', '.join(b.seeds)})")
+    if None in (run.hashes.get("order") for run in a.runs):
+        reasons.append("no order hash recorded")
+    elif None in orders.values():
+        reasons.append(f"no order hash recorded in {b.name}")
+    elif any(run.hashes["order"] != orders[run.seed] for run in shared):
+        reasons.append("other sample order at the same seed")
+    return tuple(reasons)
+
+
+def _flags(row: Row, reference: Row) -> tuple[str, ...]:
+    """Say what differs between the conditions of a row and the reference; of the reference, what it does not record."""
+    if row is reference:
+        return tuple(f"no {kind} hash recorded" for kind in HASHES if not row.runs[0].hashes.get(kind))
+    return comparable(row, reference)
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
@@ -338,37 +362,30 @@ def _mark_best(column: Column, table: list[dict[tuple[str, str], Cell]], rows: S
             cells[column.key] = replace(cells[column.key], best=True)
 
 
-class _ItemScores:
-    """Per-item scores of rows, read once."""
+def column_differences(
+    column: Column, baseline: Row, rows: Sequence[Row], files: ScoreFiles | None = None
+) -> dict[str, Difference]:
+    """Take differences of rows to a baseline in one metric, p values corrected together (`zoo.compare.statistics`).
 
-    def __init__(self) -> None:
-        self.columns: dict[tuple[str, str], dict[str, list[Any]] | None] = {}
+    Nothing here asks whether the rows may be compared: `comparable` does.
 
-    def difference(self, row: Row, against: Row, column: Column) -> Difference | None:
-        """Bootstrap ``row`` less ``against`` on the items both have, or ``None`` without scores."""
-        if not column.info.numerator:
-            return None
-        ours, clusters = self._scores(row, column)
-        theirs, _ = self._scores(against, column)
-        if not ours or not theirs:
-            return None
-        found = paired_difference(ours, theirs, clusters, key=f"{column.task}/{column.metric}")
-        return replace(found, baseline=against.name) if found else None
+    Args:
+        files: keeps what was read for the next column.
 
-    def _scores(self, row: Row, column: Column) -> tuple[Scores, dict[str, str]]:
-        per_run: list[dict[str, tuple[float, float]]] = []
-        clusters: dict[str, str] = {}
-        for run in row.runs:
-            key = (str(run.path), column.task)
-            if key not in self.columns:
-                self.columns[key] = run.items(column.task)
-            table = self.columns[key]
-            info = column.info
-            if table is None or info.numerator not in table or (info.denominator and info.denominator not in table):
-                return {}, {}
-            items = [str(item) for item in table["item"]]
-            below = table[info.denominator] if info.denominator else [1.0] * len(items)
-            pairs = zip(items, table[info.numerator], below, strict=True)
-            per_run.append({i: (float(a), float(b)) for i, a, b in pairs if a is not None and b is not None})
-            clusters.update(zip(items, map(str, table.get("cluster", items)), strict=True))
-        return pool_seeds(per_run), clusters
+    Returns:
+        Name of a row -> its difference. Rows without per-item scores of the metric are left out, as are those that
+        share no seed with the baseline.
+    """
+    files = files or ScoreFiles()
+
+    def read(row: Row) -> dict[str, ItemScores]:
+        found = {run.seed: files.scores(run.path, column.task, column.info) for run in row.runs}
+        return {seed: scores for seed, scores in found.items() if scores is not None}
+
+    theirs = read(baseline)
+    pairs = {}
+    for row in rows:
+        ours = read(row)
+        if seeds := [seed for seed in ours if seed in theirs]:
+            pairs[row.name] = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+    return differences(paired_estimates(pairs, key=column.task), baseline.name)
