@@ -230,7 +230,9 @@ def test_reading_scores(tmp_path: Path) -> None:
     files = ScoreFiles()
     found = files.scores(tmp_path, "task", info)
     assert found is not None
-    assert found.items.tolist() == found.clusters.tolist() == ["q", "r"]  # an item without a value is left out
+    assert (
+        found.items.ids.tolist() == found.items.clusters.tolist() == ["q", "r"]
+    )  # an item without a value is left out
     assert found.numerators.tolist() == [1.0, 3.0]
     assert found.denominators.tolist() == [1.0, 4.0]
     counted = files.scores(tmp_path, "task", MetricInfo(label="y", numerator="flag"))

@@ -173,6 +173,7 @@ def build_leaderboard(runs: Sequence[Run], baseline: str | None = None) -> Leade
 
     table: list[dict[tuple[str, str], Cell]] = [{} for _ in rows]
     baselines: dict[tuple[str, str], str] = {}
+    reasons: dict[tuple[str, str], tuple[str, ...]] = {}
     files = ScoreFiles()
     for column in columns:
         having = [row for row in rows if any(column.key[1] in run.metrics.get(column.task, {}) for run in row.runs)]
@@ -180,13 +181,17 @@ def build_leaderboard(runs: Sequence[Run], baseline: str | None = None) -> Leade
         found: dict[str, Difference] = {}
         if against is not None:
             baselines[column.key] = against.name
-            others = [row for row in having if row is not against]
-            warnings += [
-                f"{row.name} is not compared with {against.name} on {column.task}: {'; '.join(reasons)}"
-                for row in others
-                if row.comparable and (reasons := comparable(row, against))
-            ]
-            fit = [row for row in others if row.comparable and not comparable(row, against)]
+            fit = []
+            for row in having:
+                if row is against or not row.comparable:
+                    continue
+                if (pair := (row.name, against.name)) not in reasons:
+                    reasons[pair] = comparable(row, against)
+                if not reasons[pair]:
+                    fit.append(row)
+                    continue
+                why = "; ".join(reasons[pair])
+                warnings.append(f"{row.name} is not compared with {against.name} on {column.task}: {why}")
             found = column_differences(column, against, fit, files)
         for cells, row in zip(table, rows, strict=True):
             values = [v for run in row.runs if (v := run.metrics.get(column.task, {}).get(column.metric)) is not None]

@@ -16,6 +16,9 @@ import numpy as np
 from zoo.compare.item_scores import ItemScores, ScoreTable, generator
 from zoo.compare.statistics import LEVEL, differences, estimate
 
+TOGETHER = 32
+"""Comparisons simulated at once: their clusters are redrawn by one matrix product."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SeedSpread:
@@ -63,16 +66,16 @@ class Simulation:
     shift: float = 0.0
     key: str = "null"
 
-    def tables(
+    def comparisons(
         self, ours: Sequence[ItemScores], theirs: Sequence[ItemScores], repeats: int
-    ) -> Iterator[tuple[ScoreTable, float]]:
-        """Yield ``repeats`` tables of runs with their true difference.
+    ) -> Iterator[tuple[ScoreTable, range, tuple[range, ...], float]]:
+        """Yield simulated comparisons.
 
         Args:
             ours: stored runs of the recipe that all rows have; theirs: of the baseline, the same for a null check.
 
         Yields:
-            The table, whose runs are ``seeds`` of the baseline, then ``seeds`` of each row, and the true difference.
+            A table of runs, which of them are the baseline's, which are each row's, and the true difference.
         """
         stored = ScoreTable.of([*theirs, *ours])
         count = np.array([len(theirs), len(ours)])
@@ -81,18 +84,25 @@ class Simulation:
             stored.numerators[:, f : f + n].sum() / stored.denominators[:, f : f + n].sum()
             for f, n in zip(first, count, strict=True)
         ]
+        truth = float(pooled[1] - pooled[0] + self.shift)
         recipe = np.repeat([0] + [1] * self.rows, self.seeds)  # [runs], which recipe a simulated run is of
+        runs = len(recipe)
         random = generator(self.key)
         drawn = self.clusters or stored.clusters
-        for _ in range(repeats):
-            cluster = random.integers(stored.clusters, size=(drawn, 1))
-            run = first[recipe] + np.floor(random.random((drawn, len(recipe))) * count[recipe]).astype(np.int64)
-            effect = math.sqrt(1 - self.shared) * random.normal(size=(self.rows + 1, self.seeds))
-            effect += math.sqrt(self.shared) * random.normal(size=self.seeds)
-            effect = self.seed_sd * effect.reshape(-1) + self.shift * recipe  # [runs]
-            below = stored.denominators[cluster, run]
-            above = stored.numerators[cluster, run] + effect * below  # moves the ratio by just the effect
-            yield ScoreTable(above, below, drawn, self.key), float(pooled[1] - pooled[0] + self.shift)
+        for start in range(0, repeats, TOGETHER):
+            above, below = [], []
+            for _ in range(min(TOGETHER, repeats - start)):
+                cluster = random.integers(stored.clusters, size=(drawn, 1))
+                run = first[recipe] + np.floor(random.random((drawn, runs)) * count[recipe]).astype(np.int64)
+                effect = math.sqrt(1 - self.shared) * random.normal(size=(self.rows + 1, self.seeds))
+                effect += math.sqrt(self.shared) * random.normal(size=self.seeds)
+                shift = self.seed_sd * effect.reshape(-1) + self.shift * recipe  # [runs]
+                below.append(stored.denominators[cluster, run])
+                above.append(stored.numerators[cluster, run] + shift * below[-1])  # moves the ratio by just as much
+            table = ScoreTable(np.concatenate(above, 1), np.concatenate(below, 1), drawn, self.key)
+            for at in range(0, runs * len(above), runs):
+                baseline, *rows = (range(s, s + self.seeds) for s in range(at, at + runs, self.seeds))
+                yield table, baseline, tuple(rows), truth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +137,8 @@ def simulate(ours: Sequence[ItemScores], theirs: Sequence[ItemScores], simulatio
     """
     found = single = covered = 0
     widths, detectable = [], []
-    seeds = simulation.seeds
-    baseline = range(seeds)
-    for table, truth in simulation.tables(ours, theirs, repeats):
-        places = (range(seeds * row, seeds * (row + 1)) for row in range(1, simulation.rows + 1))
-        estimates = {row: e for row, at in enumerate(places) if (e := estimate(table, at, baseline)) is not None}
+    for table, baseline, rows, truth in simulation.comparisons(ours, theirs, repeats):
+        estimates = {row: e for row, at in enumerate(rows) if (e := estimate(table, at, baseline)) is not None}
         results = differences(estimates)
         found += any(d.p_adjusted < LEVEL for d in results.values())
         if (first := results.get(0)) is not None:

@@ -164,7 +164,7 @@ def paired_estimates(pairs: Mapping[str, tuple[list[ItemScores], list[ItemScores
     single: dict[str, list[ItemScores]] = {}
     for name, (ours, theirs) in pairs.items():
         runs = [*ours, *theirs]
-        same = {run.signature for run in runs}
+        same = {run.items.signature for run in runs}
         if len(same) == 1:
             alike.setdefault(same.pop(), []).extend(runs)
         else:
@@ -178,7 +178,7 @@ def paired_estimates(pairs: Mapping[str, tuple[list[ItemScores], list[ItemScores
         if name in single:
             table, place = ScoreTable.of(single[name], key), {id(run): n for n, run in enumerate(single[name])}
         else:
-            table, place = tables[ours[0].signature]
+            table, place = tables[ours[0].items.signature]
         found = estimate(table, [place[id(run)] for run in ours], [place[id(run)] for run in theirs])
         if found is not None:
             estimates[name] = found
