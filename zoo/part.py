@@ -26,10 +26,13 @@ class PartConfig:
     """Base of the typed configuration of a part; the class lives beside the module it builds.
 
     Attributes:
+        later_fields: Fields that came after runs had been made: left out of what is written while they have their
+            default, so that these runs keep their hash. Such a default may never change.
         scale_settles: Fields beside the standard sizes that a ``scaled`` of the class's own may change.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    later_fields: ClassVar[frozenset[str]] = frozenset()
     scale_settles: ClassVar[frozenset[str]] = frozenset()
 
     def scaled(self, sizes: Mapping[str, Any]) -> Self:

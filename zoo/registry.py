@@ -188,6 +188,8 @@ CODE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_", "_ca
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """The fields of a Config as JSON-like values; the inverse of ``parse``."""
+    """The fields of a Config as JSON-like values, without ``later_fields`` at their default; ``parse`` reads it."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
+    later: frozenset[str] = getattr(config, "later_fields", frozenset())
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in later}
+    return {key: value for key, value in plain.items() if key not in later or value != defaults[key]}

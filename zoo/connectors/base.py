@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -37,7 +37,14 @@ class Connector(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig(PartConfig):
-    """Base of connectors' configuration; widths are derived when parts are joined."""
+    """Base of connectors' configuration; widths are derived when parts are joined.
+
+    Attributes:
+        sized_by: The field whose value, 1 or more, sets how many parameters it has and nothing else that another part
+            sees, for comparisons at equal numbers (``match=parameters``); empty = there is none.
+    """
+
+    sized_by: ClassVar[str] = ""
 
     def with_tokens(self, tokens: int, in_tokens: int) -> Self:
         """The same connector returning ``tokens`` of an encoder's ``in_tokens``, for comparisons at equal numbers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ class GLUAdapterConfig(ConnectorConfig):
         ffn: Hidden width of the SwiGLU, that of the decoder's.
         eps: Of the norm.
     """
+
+    sized_by: ClassVar[str] = "ffn"
 
     ffn: int = 11008
     eps: float = 1e-5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,8 @@ class PerceiverResamplerConfig(ConnectorConfig):
         head_dim: Width of a head; heads x head_dim need not be ``width``.
         ffn: Width of the feed-forward layers.
     """
+
+    sized_by: ClassVar[str] = "ffn"
 
     latents: int = 64
     width: int = 1024

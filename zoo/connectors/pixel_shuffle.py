@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -30,14 +30,14 @@ def fold(tokens: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
 class PixelShuffle(Connector):
     """``proj(norm(fold(grid tokens)))``; tokens in front of the grid (the class token) are dropped."""
 
-    def __init__(self, in_width: int, out_width: int, tokens: int, factor: int, depth: int) -> None:
+    def __init__(self, in_width: int, out_width: int, tokens: int, config: PixelShuffleConfig) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor = factor = config.factor
         self.width = out_width
         self.tokens = tokens
         folded = in_width * factor * factor
         self.norm = nn.LayerNorm(folded)
-        self.proj = mlp([folded] + [out_width] * depth)
+        self.proj = mlp([folded, *[config.hidden or out_width] * (config.layers - 1), out_width])
 
     def forward(self, features: Features, text: Features | None = None) -> Features:
         if features.grid is None:
@@ -64,14 +64,21 @@ class PixelShuffleConfig(ConnectorConfig):
     Attributes:
         factor: Patches folded along each side.
         layers: Linears of the MLP.
+        hidden: Width between them; 0 = the decoder's, as published.
     """
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    sized_by: ClassVar[str] = "hidden"
 
     factor: int = 2
     layers: int = 2
+    hidden: int = 0
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or self.layers < 1:
-            raise ValueError(f"factor = {self.factor} and layers = {self.layers} must be 1 or more")
+        if self.factor < 1 or self.layers < 1 or self.hidden < 0:
+            raise ValueError(
+                f"factor = {self.factor} and layers = {self.layers} must be 1 or more, hidden = {self.hidden} 0 or more"
+            )
 
     def with_tokens(self, tokens: int, in_tokens: int) -> Self:
         return replace(self, factor=side_for(tokens, in_tokens))
@@ -87,4 +94,4 @@ class PixelShuffleConfig(ConnectorConfig):
                 " expected a square grid with sides that the factor divides"
             )
         tokens = (side // self.factor) ** 2
-        return PixelShuffle(in_width, out_width, tokens, self.factor, self.layers)
+        return PixelShuffle(in_width, out_width, tokens, self)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class QFormerConfig(ConnectorConfig):
         added: Ids behind those of the tokenizer; the last row is ``[DEC]``, which starts what is written.
         context_length: Text positions.
     """
+
+    sized_by: ClassVar[str] = "ffn"
 
     queries: int = 32
     width: int = 768

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -136,14 +136,21 @@ class MLPConfig(ConnectorConfig):
     Attributes:
         depth: Number of linears. It names the connector (mlp2x), so ``scale`` leaves it alone.
         pool: As of ``linear``.
+        hidden: Width between the linears; 0 = the decoder's, as published.
     """
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    sized_by: ClassVar[str] = "hidden"
 
     depth: int = 2
     pool: int = 1
+    hidden: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.depth, self.pool) < 1:
-            raise ValueError(f"depth = {self.depth} and pool = {self.pool} must be 1 or more")
+        if min(self.depth, self.pool) < 1 or self.hidden < 0:
+            raise ValueError(
+                f"depth = {self.depth} and pool = {self.pool} must be 1 or more, hidden = {self.hidden} 0 or more"
+            )
 
     def scaled(self, sizes: Mapping[str, Any]) -> Self:
         return self
@@ -153,4 +160,5 @@ class MLPConfig(ConnectorConfig):
 
     def build(self, *, in_width: int, in_tokens: int, out_width: int) -> TokenWise:
         tokens = pooled_tokens(in_tokens, self.pool)
-        return TokenWise(mlp([in_width] + [out_width] * self.depth), tokens=tokens, width=out_width, pool=self.pool)
+        widths = [in_width, *[self.hidden or out_width] * (self.depth - 1), out_width]
+        return TokenWise(mlp(widths), tokens=tokens, width=out_width, pool=self.pool)
