@@ -119,13 +119,19 @@ def check_cacheable(config: RunConfig, module: ZooModule | None = None) -> None:
 
 
 def open_features(
-    config: RunConfig, module: ZooModule, source: Source, state: Mapping[str, Any] | None = None, progress: Any = None
+    config: RunConfig,
+    module: ZooModule,
+    source: Source,
+    drawn: int | None,
+    state: Mapping[str, Any] | None = None,
+    progress: Any = None,
 ) -> RunFeatures:
     """Open the run's set, compare a few images with what is there, and encode what is not.
 
     Several processes may call this at once: one encodes, the others wait and read its rows.
 
     Args:
+        drawn: Places of the order that the run's steps draw; None where the clock ends them, and every sample may be.
         state: The checkpoint that the run resumes from: its encoder need not be the module's new one (``init``).
         progress: Called as ``progress(phase, done, total, values)``.
 
@@ -138,7 +144,7 @@ def open_features(
     if state is not None:
         module.load_state_dict(state["state_dict"])
     started = time.perf_counter()
-    filler = _Filler(config, module, source)
+    filler = _Filler(config, module, source, drawn)
     try:
         ids = filler.wanted()
         filler.fill(ids, progress)
@@ -151,7 +157,7 @@ def open_features(
 class _Filler:
     """Encodes a run's images on its device."""
 
-    def __init__(self, config: RunConfig, module: ZooModule, source: Source) -> None:
+    def __init__(self, config: RunConfig, module: ZooModule, source: Source, drawn: int | None) -> None:
         self.config = config
         self.source = source
         self.model = module.model
@@ -175,7 +181,7 @@ class _Filler:
         if self.name == "image_codes":
             stored = torch.int16 if self.encoder.codes <= torch.iinfo(torch.int16).max + 1 else torch.int32
         self.store = FeatureStore(cache_root(config), self._about(), tuple(probe.shape[1:]), stored)
-        self.drawn = sum(config.stage_steps()) * config.batch_size
+        self.drawn = drawn
         stamp = getattr(source, "image_stamp", None)
         self.features = CachedFeatures(self.store, computed, stamp, self.drawn, self.name)
 
@@ -211,7 +217,7 @@ class _Filler:
 
         ids = self.source.ids("train")
         order = training_order(self.source, self.config.seed)
-        if isinstance(order, SampleOrder) and self.drawn >= len(ids):
+        if self.drawn is None or (isinstance(order, SampleOrder) and self.drawn >= len(ids)):
             return ids
         kept = {draw.id for draw in order.slice(0, self.drawn)}
         return [id for id in ids if id in kept]

@@ -50,9 +50,14 @@ def build_objectives(recipe: Recipe, model: Model) -> dict[str, Objective]:
     return objectives
 
 
-def schedule(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Factor of the peak learning rate: linear warm-up from 1/warmup, then cosine to ``min_lr`` at ``steps``."""
-    warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
+def schedule(step: int, steps: float, config: OptimizerConfig) -> float:
+    """Factor of the peak learning rate: linear warm-up from 1/warmup, then cosine to ``min_lr`` at ``steps``.
+
+    Where the clock ends a stage, ``steps`` is what it comes to at the pace so far, so that the factor follows the share
+    of the time that is used: share / warmup in the warm-up, behind it the cosine of (share - warmup) / (1 - warmup).
+    Before anything is known of the pace ``steps`` is infinite.
+    """
+    warmup = config.warmup if config.warmup >= 1 or not config.warmup else config.warmup * steps
     if step < warmup:
         return (step + 1) / max(1.0, warmup)
     progress = min(1.0, (step - warmup) / max(1.0, steps - warmup))
@@ -98,7 +103,7 @@ class ZooModule(LightningModule):
         momentum: The moving average of the model that objectives learn from, or None.
         recipe: What it was built from.
         stage: Index of the recipe's stage that is being trained.
-        steps: Optimizer steps of this stage; None = what the Trainer estimates.
+        steps: Optimizer steps of this stage; None = what the Trainer estimates. Set by ``expect``.
     """
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
@@ -108,7 +113,7 @@ class ZooModule(LightningModule):
         objectives = build_objectives(recipe, model)
         self.objectives = nn.ModuleDict(objectives)
         self.momentum: Momentum | None = shared_momentum(objectives.values(), model)
-        self.steps: int | None = None
+        self.steps: float | None = None
         self.report: dict[str, Tensor] = {}
         self.own: OwnOptimizers | None = None
         self._own_state: Mapping[str, Any] = {}
@@ -153,6 +158,12 @@ class ZooModule(LightningModule):
         self.model.reconfigure(self.recipe.stage_wiring(index))
         self.active = [name for name in self.recipe.objectives if not stage.objectives or name in stage.objectives]
         self.train(self.training)
+
+    def expect(self, steps: float) -> None:
+        """Say how many optimizer steps this stage will take; schedules and ramps follow from the next step on."""
+        self.steps = steps
+        if self.momentum is not None:
+            self.momentum.steps = steps
 
     def train(self, mode: bool = True) -> ZooModule:
         """Set training mode, except for modules whose parameters are all frozen: their dropout and statistics stay
@@ -232,9 +243,9 @@ class ZooModule(LightningModule):
         decayed.
         """
         config = self.recipe.stage_optimizer(self.stage)
-        steps = self.steps if self.steps is not None else int(self.trainer.estimated_stepping_batches)
+        planned = float("inf") if self.steps is not None else int(self.trainer.estimated_stepping_batches)
         if self.momentum is not None:
-            self.momentum.steps = steps
+            self.momentum.steps = self.steps if self.steps is not None else planned
         self.own = OwnOptimizers(dict(self.objectives.items()))
         self.own.load_state_dict(self._own_state)
         self._own_state = {}
@@ -253,7 +264,11 @@ class ZooModule(LightningModule):
             betas=(config.betas[0], config.betas[1]),
             eps=config.eps,
         )
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps, config))
+
+        def factor(step: int) -> float:  # asked at every step: what is expected may change
+            return schedule(step, planned if self.steps is None else self.steps, config)
+
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def rate_of(self, name: str, default: float) -> float:
@@ -288,9 +303,9 @@ class ZooModule(LightningModule):
 FORWARDED = frozenset(
     {
         "embed_images", "embed_texts", "embed", "match", "match_pairs", "match_logits", "grounding", "generate_text",
-        "score_text", "score_candidates",
+        "score_text", "score_candidates", "score_plain_text",
         "generate_images", "inpaint_images", "edit_images", "generate_interleaved",
-        "segment", "image_features", "text_features", "text_logits", "token_logits",
+        "segment_images", "image_features", "text_features", "text_logits", "token_logits",
         "classify", "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",
     }
 )  # fmt: skip

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoo.budget import BudgetConfig, plan
 from zoo.errors import ConfigError, RunError, near
 from zoo.part import PartConfig
 from zoo.plugin import catalogue
@@ -81,27 +82,6 @@ ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetConfig(PartConfig):
-    """How long to train, over all stages.
-
-    Attributes:
-        unit: ``steps`` (optimizer steps) or ``samples``.
-    """
-
-    unit: str = "steps"
-    value: int = 300
-
-    def __post_init__(self) -> None:
-        if self.unit not in ("steps", "samples"):
-            raise ValueError(f"unit = {self.unit!r} must be steps or samples")
-        if self.value < 1:
-            raise ValueError(f"value = {self.value} must be 1 or more")
-
-    def steps(self, batch_size: int) -> int:
-        return self.value if self.unit == "steps" else math.ceil(self.value / batch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(PartConfig):
     """What is measured after training.
 
@@ -142,7 +122,8 @@ class RunConfig:
                 f"batch_size = {self.batch_size} must be a positive multiple of devices x nodes x accumulate = "
                 f"{per_step}"
             )
-        self.stage_steps()
+        if self.budget.fixed_order:  # what other units come to takes data or a count of FLOPs
+            plan(self)
         for objective in self.recipe.objectives.values():
             objective.check_batch(self.batch_size // self.trainer.accumulate)
         values = dict(self.data)
@@ -157,24 +138,6 @@ class RunConfig:
     def trained_recipe(self) -> Recipe:
         """The recipe with its learning rates multiplied by ``lr_factor``: what is trained and saved."""
         return self.recipe if self.lr_factor == 1 else times_lr(self.recipe, self.lr_factor)
-
-    def stage_steps(self) -> list[int]:
-        """Optimizer steps of each stage, the budget divided by the stages' shares (largest remainder).
-
-        Raises:
-            ConfigError: Fewer steps than stages.
-        """
-        total, shares = self.budget.steps(self.batch_size), [s.share for s in self.recipe.stages]
-        if total < len(shares):
-            raise ConfigError(f"a budget of {total} steps cannot hold the {len(shares)} stages of {self.recipe.name}")
-        exact = [total * share / sum(shares) for share in shares]
-        steps = [max(1, int(x)) for x in exact]
-        by_remainder = sorted(range(len(exact)), key=lambda i: int(exact[i]) - exact[i])
-        for i in by_remainder[: max(0, total - sum(steps))]:
-            steps[i] += 1
-        while sum(steps) > total:
-            steps[steps.index(max(steps))] -= 1
-        return steps
 
     @property
     def name(self) -> str:

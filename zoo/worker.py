@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank."""
     from zoo.cli.progress import Bars
     from zoo.errors import ZooError
+    from zoo.resuming import Interrupted
     from zoo.run_config import RunConfig
-    from zoo.train import Interrupted, run
+    from zoo.train import run
 
     folder = Path((arguments or sys.argv[1:])[0])
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from zoo.cli.overrides import expand, prepare, run_config, with_quotes, with_sweep
+from zoo.cli.experiments import read_experiment
+from zoo.cli.overrides import expand, prepare, run_config, with_quotes
 
 JUDGE = "outputs/clip+stages=joint/seed=0-c663ac55"
 
@@ -34,7 +35,8 @@ JUDGE = "outputs/clip+stages=joint/seed=0-c663ac55"
 )
 def test_sweeps_and_names(experiment: str, names: set[str]) -> None:
     written = [f"experiment={experiment}", "scale=tiny", "seed=0", f"evaluation.tasks.text-to-image.evaluator={JUDGE}"]
-    jobs = [run_config(job) for job in expand(prepare(with_sweep(with_quotes(written))))]
+    (command,) = read_experiment(written).commands(written)
+    jobs = [run_config(job) for job in expand(prepare(command))]
     assert {job.recipe.name for job in jobs} == names
     assert len(jobs) == len(names)
     for job in jobs:

@@ -17,7 +17,6 @@ from PIL import Image
 from zoo.cli import COMMANDS, main
 from zoo.cli.commands.train import train
 from zoo.cli.overrides import expand, prepare, run_config
-from zoo.errors import ConfigError
 
 TINY = [
     "scale=tiny",
@@ -271,14 +270,3 @@ def test_notebook_and_command_line_resolve_alike() -> None:
             "llava", connector="qformer", scale="tiny", stages="joint", options={"connector.queries": 4}
         ).recipe
     )
-
-
-def test_an_experiment_may_state_a_sweep_which_the_user_can_narrow() -> None:
-    from zoo.cli.overrides import with_sweep
-
-    assert with_sweep(["model=clip", "seed=3"]) == ["model=clip", "seed=3"]
-    whole = with_sweep(["experiment=understanding", "scale=tiny"])
-    assert whole[2:] == ["model=clip,albef,blip,coca,vlmo,beit3", "seed=0,1,2"]
-    assert with_sweep(["experiment=understanding", "model=clip"])[2:] == ["seed=0,1,2"]
-    with pytest.raises(ConfigError, match=r"understandng.*understanding"):
-        with_sweep(["experiment=understandng"])

@@ -119,8 +119,10 @@ def test_mistakes_are_found_before_the_first_trial(changes: list[str], words: li
 def test_an_experiments_search_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["experiment=connectors", "scale=tiny", "connector=mlp", "seed=0", "wiring.visual_tokens=4"]
     train([*base, f"out={tmp_path}", "--dry-run"])
-    assert capsys.readouterr().out.count("recipe:") == 4  # three trials and the run
+    assert capsys.readouterr().out.count("recipe:") == 5  # the eye, three trials and the run
     train([*base, "tune=none", f"out={tmp_path}", "--dry-run"])
+    assert capsys.readouterr().out.count("recipe:") == 2
+    train([*base, "tune=none", "init=null", f"out={tmp_path}", "--dry-run"])
     assert capsys.readouterr().out.count("recipe:") == 1
 
 
@@ -144,8 +146,9 @@ def test_a_trial_without_a_number_is_left_out(tmp_path: Path, monkeypatch: pytes
         (folders[factor] / "metrics.json").write_text(json.dumps({"caption-likelihood": {"bits_per_byte": value}}))
 
     write(3.0, float("nan"))
+    assert "factor" not in choose([config], search, tmp_path)[variant(config)]
     with pytest.raises(RunError, match="no trial"):
-        choose([config], search, tmp_path)
+        tuning.tuned(config, tmp_path)
     write(1.0, 2.5)
     chosen = choose([config], search, tmp_path)
     assert chosen[variant(config)]["factor"] == 1.0

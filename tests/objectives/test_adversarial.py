@@ -17,7 +17,8 @@ from zoo.cli.overrides import run_config
 from zoo.compare.flops import count_recipe
 from zoo.objectives.adversarial import Adversarial, AdversarialConfig, PatchDiscriminator, adaptive_weight
 from zoo.own_optimizers import OwnOptimizers
-from zoo.train import Interrupted, load_checkpoint, run
+from zoo.resuming import Interrupted, load_checkpoint
+from zoo.train import run
 
 
 def made(**fields: Any) -> Adversarial:

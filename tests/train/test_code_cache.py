@@ -25,8 +25,9 @@ from zoo.part import PartConfig
 from zoo.plugin import Plugin, registered
 from zoo.recipe import ObjectiveConfig
 from zoo.registry import Component
+from zoo.resuming import Interrupted
 from zoo.run_config import RunConfig
-from zoo.train import Interrupted, run
+from zoo.train import run
 
 
 @dataclass(frozen=True, kw_only=True)

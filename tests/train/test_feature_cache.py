@@ -20,8 +20,9 @@ from zoo.compare.flops import count_recipe
 from zoo.data.feature_cache import FeatureStore
 from zoo.errors import ConfigError, DataError
 from zoo.frozen_features import cache_root, check_cacheable, open_features
+from zoo.resuming import Interrupted
 from zoo.run_config import RunConfig
-from zoo.train import Interrupted, run
+from zoo.train import run
 
 SIZES = [
     "model=llava",
@@ -153,11 +154,13 @@ def test_flops_count_the_encoder_once_an_image(plain: Path, tmp_path: Path) -> N
     assert 0.9 < encoder / vit_flops(16, 32, 64, 2) < 1.1
     assert with_encoder[0].trainable_forward == without[0].trainable_forward
     assert with_encoder[1].backward == without[1].backward
-    flops = manifest(tmp_path / "cached")["flops"]
+    flops, cost = (manifest(tmp_path / "cached")[key] for key in ("flops", "cost"))
     assert flops["features"] == {"images": 96, "forward": encoder, "total": 96 * encoder}
     steps = sum(stage["per_sample"] * 3 * 16 for stage in flops["stages"])
-    assert flops["total"] == steps + 96 * encoder
-    assert flops["total"] == manifest(plain)["flops"]["total"]  # one epoch: every image is encoded once either way
+    assert cost["flops"]["total"] == steps + cost["flops"]["features"] == steps + 96 * encoder
+    assert (
+        cost["flops"]["total"] == manifest(plain)["cost"]["flops"]["total"]
+    )  # one epoch: every image is encoded once either way
 
 
 def vit_flops(patches: int, width: int, ffn: int, blocks: int) -> int:
@@ -321,7 +324,7 @@ def test_runs_at_once_encode_each_image_once(tmp_path: Path, monkeypatch: pytest
 
     def fill(module: Any) -> int:
         barrier.wait()
-        found = open_features(config, module, source, progress=lambda phase, *rest: phases.append(phase))
+        found = open_features(config, module, source, 96, progress=lambda phase, *rest: phases.append(phase))
         assert (found.images, len(found.features.store)) == (96, 96)
         return found.computed
 

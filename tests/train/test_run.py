@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 from zoo.cli.overrides import run_config
+from zoo.curve import read_lines
 from zoo.data.llava_json import LlavaJsonConfig
 from zoo.data.order import SampleOrder
 from zoo.errors import RunError, WeightsError
+from zoo.resuming import Interrupted, Keeper, load_checkpoint
 from zoo.run_config import RunConfig
-from zoo.train import Interrupted, Keeper, load_checkpoint, read_lines, run
+from zoo.train import run
 
 SMALL = [
     "scale=tiny",
@@ -103,8 +105,9 @@ HARD = [
 def test_a_finished_run_holds_everything_its_readers_expect(whole: Path) -> None:
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["status"] == "done"
-    assert (manifest["steps"], manifest["samples"]) == (8, 128)
-    assert manifest["flops"]["total"] == sum(
+    cost = manifest["cost"]
+    assert (cost["steps"], cost["samples"]) == (8, 128)
+    assert cost["flops"]["total"] == sum(
         stage["per_sample"] * steps * 16 for stage, steps in zip(manifest["flops"]["stages"], (5, 3), strict=True)
     )
     assert manifest["flops"]["stages"][0]["frozen_forward"] > 0  # the text tower is frozen in the first stage

@@ -9,6 +9,7 @@ COMMANDS = {
     "list": ("zoo.cli.commands.list", "names of models, parts, datasets and tasks"),
     "show": ("zoo.cli.commands.show", "what a model is made of: parts, parameters, FLOPs, attention layout"),
     "train": ("zoo.cli.commands.train", "train and evaluate: zoo train model=clip scale=tiny (-m sweeps)"),
+    "compare": ("zoo.cli.commands.compare", "a sweep, its evaluation and one page about it; resumes, repeats nothing"),
     "eval": ("zoo.cli.commands.eval", "evaluate a finished run or a checkpoint"),
     "generate": ("zoo.cli.commands.generate", "text for images, or images from texts (--text, --edit, --mask)"),
     "chat": ("zoo.cli.commands.chat", "talk with a model about images in the terminal"),

@@ -6,14 +6,16 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from zoo.budget import BudgetConfig
+from zoo.cli.experiments import placed
+from zoo.cli.match import matched, to_match
 from zoo.errors import ConfigError, MissingExtra, near
 from zoo.plugin import catalogue
 from zoo.recipe import SECTIONS, SLOTS, Recipe, read_recipe, read_scale, resolve, scales
-from zoo.recipe_files import read_yaml
 from zoo.registry import parse, refuse_code
-from zoo.run_config import BudgetConfig, EvaluationConfig, RunConfig, TrainerConfig
+from zoo.run_config import EvaluationConfig, RunConfig, TrainerConfig
 
-FILE_GROUPS = ("scale", "trainer", "budget", "experiment", "tune")
+FILE_GROUPS = ("scale", "trainer", "budget", "experiment", "tune", "match")
 """Groups whose options are YAML files of the conf folders."""
 
 PLAIN = ("seed", "out", "batch_size", "lr_factor", "evaluation", "init")
@@ -115,27 +117,6 @@ def with_quotes(overrides: Sequence[str]) -> list[str]:
     return [quoted(text) for text in overrides]
 
 
-def with_sweep(overrides: Sequence[str]) -> list[str]:
-    """Add the axes an experiment states under ``sweep:`` (key -> list of values), unless the user wrote the key.
-
-    Raises:
-        ConfigError: An unknown experiment, or a ``sweep`` that is no mapping of keys to lists.
-    """
-    written = {override.key_or_group: override for override in parsed(overrides)}
-    if "experiment" not in written or written["experiment"].is_sweep_override():
-        return list(overrides)
-    name = str(written["experiment"].value())
-    files = [folder / "experiment" / f"{name}.yaml" for folder in catalogue().conf_dirs]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        raise ConfigError(f"unknown experiment {name!r}{near(name, options('experiment'))}")
-    axes = read_yaml(found).get("sweep") or {}
-    if not isinstance(axes, dict) or not all(isinstance(values, list) and values for values in axes.values()):
-        raise ConfigError(f"{found.name}: sweep must map keys to lists of values")
-    added = [f"{key}={','.join(map(str, values))}" for key, values in axes.items() if key not in written]
-    return [*overrides, *added]
-
-
 def check_installed(group: str, option: str) -> None:
     """Refuse a launcher whose package is missing, before anything is composed.
 
@@ -222,19 +203,26 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], Mapping[str, Any
     return plain, choices
 
 
-def to_run(plain: Mapping[str, Any], choices: Mapping[str, Any], written: Sequence[str]) -> RunConfig:
+def to_run(
+    plain: Mapping[str, Any],
+    choices: Mapping[str, Any],
+    written: Sequence[str],
+    places: Mapping[str, str] | None = None,
+) -> RunConfig:
     """The RunConfig of one composed job.
 
     Args:
         plain: The composed configuration.
         choices: Hydra's group choices.
         written: Keys the user wrote, which win over the scale even where they repeat the recipe.
+        places: Directories of an experiment's first runs (``zoo.cli.experiments``).
 
     Raises:
         ConfigError: As ``zoo.recipe.resolve`` and ``RunConfig``.
     """
     refuse_code(plain, "config")
-    recipe = to_recipe(plain, choices, written)
+    plain = {**plain, **{key: placed(plain.get(key), places or {}) for key in ("init", "evaluation")}}
+    recipe = matched(to_recipe(plain, choices, written), to_match(plain), written)
     scale = read_scale(recipe.scale)
     evaluation = dict(plain.get("evaluation") or {})
     tasks = evaluation.get("tasks")
@@ -247,6 +235,9 @@ def to_run(plain: Mapping[str, Any], choices: Mapping[str, Any], written: Sequen
     for name, value in (("seed", seed), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{name} = {value!r}: expected an integer")
+    unit = (plain.get("budget") or {}).get("unit")
+    if unit != "steps" and {"budget", "budget.unit"} & set(written) and "budget.value" not in written:
+        raise ConfigError(f"budget={unit} needs budget.value=N: how many {unit}")
     factor = plain.get("lr_factor", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, int | float):
         raise ConfigError(f"lr_factor = {factor!r}: expected a number")

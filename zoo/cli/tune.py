@@ -91,10 +91,8 @@ def trials(configs: Iterable[RunConfig], tune: TuneConfig, out: str | Path) -> d
 def choose(configs: Iterable[RunConfig], tune: TuneConfig, out: str | Path) -> dict[str, dict[str, Any]]:
     """Read the trials; variant -> what was tried and ``factor``, the best, written to ``OUT/.tune/VARIANT.json``.
 
-    A trial that failed, or whose metric is not a finite number, is left out.
-
-    Raises:
-        RunError: No trial of a variant gave a number.
+    A trial that failed, or whose metric is not a finite number, is left out; a variant none of whose trials gave a
+    number has ``error`` in place of a factor.
     """
     from zoo.compare.rundir import Run
     from zoo.evaluation.task import task_metrics
@@ -113,37 +111,51 @@ def choose(configs: Iterable[RunConfig], tune: TuneConfig, out: str | Path) -> d
             value = Run.read(folder).metrics.get(task, {}).get(metric)
             if value is not None and math.isfinite(value):
                 values[factor], folders[factor] = value, str(folder.relative_to(out))
-        if not values:
-            raise RunError(
-                f"no trial of {config.name} gave {tune.metric}: see the folders in {Path(out) / TRIALS}, and leave out"
-                " tune or choose a metric this model has"
-            )
-        factor = better(values, key=lambda f: values[f])
         found[key] = {
             "name": config.name,
             "metric": tune.metric,
             "split": tune.split,
             "seed": config.seed,
             "tried": {f"{f:.4g}": value for f, value in values.items()},
-            "factor": factor,
-            "at_edge": factor in (min(tune.factors), max(tune.factors)),
-            "trial": folders[factor],
         }
+        if values:
+            factor = better(values, key=lambda f: values[f])
+            found[key] |= {
+                "factor": factor,
+                "at_edge": factor in (min(tune.factors), max(tune.factors)),
+                "trial": folders[factor],
+            }
+        else:
+            found[key]["error"] = (
+                f"no trial of {config.name} gave {tune.metric}{reasons(config, tune, out)}: see the folders in"
+                f" {Path(out) / TRIALS}, and leave out tune or choose a metric this model has"
+            )
         (Path(out) / TRIALS / f"{key}.json").write_text(json.dumps(found[key], indent=1), encoding="utf-8")
     return found
+
+
+def reasons(config: RunConfig, tune: TuneConfig, out: str | Path) -> str:
+    """Why trials failed, each reason once."""
+    from zoo.compare.rundir import Run
+
+    folders = [trial(config, tune, factor).directory(Path(out) / TRIALS) for factor in tune.factors]
+    errors = dict.fromkeys(str(error) for folder in folders if (error := Run.read(folder).manifest.get("error")))
+    return f" ({'; '.join(errors)})" if errors else ""
 
 
 def tuned(config: RunConfig, out: str | Path) -> tuple[RunConfig, Mapping[str, Any]]:
     """The run with its variant's factor, and what ``choose`` wrote of it.
 
     Raises:
-        RunError: The variant was not tried.
+        RunError: The variant was not tried, or no trial of it gave a number.
     """
     path = Path(out) / TRIALS / f"{variant(config)}.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}, what was tuned for {config.name}: give the command again") from error
+    if "factor" not in record:
+        raise RunError(str(record["error"]))
     return dataclasses.replace(config, lr_factor=record["factor"]), record
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoo.compare.cost import with_cost
 from zoo.errors import RunError
 
 HASHES = ("data", "evaluation", "budget", "order")
@@ -21,7 +22,7 @@ class Run:
 
     Attributes:
         path: the directory.
-        manifest: manifest.json as written.
+        manifest: manifest.json as written; of a run from before there was one, with a ``cost`` (``zoo.compare.cost``).
         config: run.yaml as written.
         metrics: task -> metric -> value; only finite numbers.
         curve: the lines of curve.jsonl that could be read.
@@ -57,7 +58,7 @@ class Run:
             samples = []
         return cls(
             path=path,
-            manifest=manifest,
+            manifest=with_cost(manifest),
             config=config,
             metrics=metrics,
             curve=_curve(path / "curve.jsonl", problems),
@@ -90,25 +91,11 @@ class Run:
         return {str(k): str(v) for k, v in found.items() if v} if isinstance(found, Mapping) else {}
 
     def number(self, *keys: str) -> float | None:
-        """Return a number of the manifest by its path, e.g. ``number("flops", "total")``; ``None`` if absent."""
+        """Return a number of the manifest by its path, as ``number("cost", "flops", "total")``; ``None`` if absent."""
         value: Any = self.manifest
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         return float(value) if _finite(value) else None
-
-    def items(self, task: str) -> dict[str, list[Any]] | None:
-        """Return the columns of items/<task>.parquet, or ``None`` when it is absent or cannot be read."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = self.path / "items" / f"{Path(task).name}.parquet"
-        if not path.is_file():
-            return None
-        try:
-            columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
-        except (OSError, pa.ArrowException):
-            return None
-        return columns if "item" in columns else None
 
 
 def find_runs(paths: Iterable[Path | str]) -> list[Run]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ def evaluation_hash(tasks: Sequence[Task], source: SourceLike, split: str, dtype
     It covers the tasks that were asked for, whether or not a model can do them, so that models of different
     capabilities evaluated by one command agree.
     """
-    return digest({"tasks": sorted(task.spec_hash(source, split) for task in tasks), "dtype": dtype})
+    return _hash({task.name: task.spec(source, split) for task in tasks}, dtype)
+
+
+def _hash(specs: Mapping[str, Mapping[str, Any]], dtype: str) -> str:
+    return digest({"tasks": sorted(map(digest, specs.values())), "dtype": dtype})
 
 
 def evaluate(
@@ -38,8 +42,9 @@ def evaluate(
         progress: called as ``progress(task, done, total)`` after each batch.
 
     Returns:
-        ``{"metrics": {task: {metric: value}}, "hash": str, "specs": {task: hash}, "skipped": {task: why},
-        "capabilities": (...), "results": {task: TaskResult}, "samples": [...]}``.
+        ``{"metrics": {task: {metric: value}}, "hash": str, "conditions": {"dtype", "tasks": {task: spec}} (what the
+        hash is of), "specs": {task: hash}, "skipped": {task: why}, "capabilities": (...), "results": {task:
+        TaskResult}, "samples": [...]}``.
 
     Raises:
         RunError: two tasks share a name, or the directory cannot be written.
@@ -60,10 +65,12 @@ def evaluate(
             continue
         results[task.name] = task.run(model, source, split, progress)
     samples = _samples(results, source, split)
+    dtype, specs = weights_dtype(model), {task.name: task.spec(source, split) for task in tasks}
     report = {
         "metrics": {name: result.metrics for name, result in results.items()},
-        "hash": evaluation_hash(tasks, source, split, _dtype(model)),
-        "specs": {task.name: task.spec_hash(source, split) for task in tasks},
+        "hash": _hash(specs, dtype),
+        "conditions": {"dtype": dtype, "tasks": specs},
+        "specs": {name: digest(spec) for name, spec in specs.items()},
         "skipped": skipped,
         "capabilities": capabilities_of(model),
         "results": results,
@@ -130,11 +137,16 @@ def _check_writable(path: Path) -> None:
         ) from error
 
 
-def _dtype(model: Any) -> str:
-    """Return the dtype of the first weight, as ``float32``; models without weights count as float32."""
+def weights_dtype(model: Any) -> str:
+    """Return the precision a model is evaluated in: the dtypes of its weights, as ``float32`` or ``bfloat16+float32``,
+    and what matrix products of fp32 are rounded to where that is less. Models without weights count as float32."""
+    import torch
+
     parameters = getattr(model, "parameters", None)
-    first = next(iter(parameters()), None) if callable(parameters) else None
-    return "float32" if first is None else str(first.dtype).removeprefix("torch.")
+    dtypes = {p.dtype for p in parameters()} if callable(parameters) else set()
+    name = "+".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) or "float32"
+    products = torch.get_float32_matmul_precision()
+    return name if products == "highest" or torch.float32 not in dtypes else f"{name}, products {products}"
 
 
 def _samples(results: dict[str, TaskResult], source: SourceLike, split: str) -> list[dict[str, Any]]:
