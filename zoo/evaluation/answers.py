@@ -82,6 +82,16 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     return sum(min((sum(equal) - own) / 3, 1.0) for own in equal) / len(known)
 
 
+def exact_match(answer: str, references: Sequence[str]) -> bool:
+    """Whether an answer equals a reference as a string, but for capitals, outer blanks and a period at the end: GQA's
+    measure (its eval.py compares strings; the answers given to it are lower case without a period)."""
+
+    def plain(text: str) -> str:
+        return text.strip().removesuffix(".").strip().lower()
+
+    return plain(answer) in map(plain, references)
+
+
 def answer_type(references: Sequence[str]) -> str:
     """Return ``yes_no``, ``number`` or ``other`` by what the first reference is, as VQAv2 sorts its questions."""
     first = normalise_answer(references[0])

@@ -1,38 +1,18 @@
 """What each metric means: label, direction, and how it follows from the per-item scores.
 
 This module imports nothing heavy, so that reports need no torch. Every metric with an interval is a mean or a ratio
-of sums over items, named here once: the bootstrap (`zoo.compare.bootstrap`) recomputes the metric from the stored
+of sums over items, named here once: the bootstrap (`zoo.compare.statistics`) recomputes the metric from the stored
 columns by it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricInfo:
-    """One metric of one task.
-
-    Attributes:
-        label: short column heading.
-        higher_is_better: direction; ``None`` for a quantity that is only described.
-        numerator: item column that is summed; ``""`` when the metric does not follow from sums (a median).
-        denominator: item column that is summed and divided by; ``""`` divides by the number of items.
-        percent: shown times 100.
-        primary: the one metric of the task that plots and summaries show.
-        detail: shown only in the task's own table, not in the overview.
-        help: one line for the reader of a report.
-    """
-
-    label: str
-    higher_is_better: bool | None = True
-    numerator: str = ""
-    denominator: str = ""
-    percent: bool = False
-    primary: bool = False
-    detail: bool = False
-    help: str = ""
+from zoo.evaluation.catalogue_images import drawing, inpainting, scenes, segmentation
+from zoo.evaluation.catalogue_questions import ANSWER_TYPES as ANSWER_TYPES
+from zoo.evaluation.catalogue_questions import QUESTION_KINDS as QUESTION_KINDS
+from zoo.evaluation.catalogue_questions import STRATEGIES as STRATEGIES
+from zoo.evaluation.catalogue_questions import answering, polling
+from zoo.evaluation.metric_info import MetricInfo as MetricInfo
 
 
 def _recall(way: str, k: int, primary: bool = False, stage: str = "") -> MetricInfo:
@@ -49,144 +29,84 @@ def _recall(way: str, k: int, primary: bool = False, stage: str = "") -> MetricI
     )
 
 
-QUESTION_KINDS = ("what", "count", "exist", "where", "relation", "which", "colour")
-ANSWER_TYPES = ("yes_no", "number", "other")
-STRATEGIES = ("random", "popular", "adversarial")
-
-
-def _answering() -> dict[str, MetricInfo]:
-    """The metrics of ``question-answering``; each is a ratio of sums of the columns of its rows."""
-
-    def part(label: str, column: str, help: str) -> MetricInfo:
-        return MetricInfo(
-            label=label, numerator=f"correct_{column}", denominator=column, percent=True, detail=True, help=help
-        )
-
-    def verdict(label: str, above: str, below: str, help: str, direction: bool | None = True) -> MetricInfo:
-        return MetricInfo(
-            label=label, higher_is_better=direction, numerator=above, denominator=below, percent=True, detail=True,
-            help=help,
-        )  # fmt: skip
-
+def _captions() -> dict[str, MetricInfo]:
+    """The metrics of ``captioning``."""
     return {
-        "accuracy": MetricInfo(
-            label="QA accuracy",
-            numerator="correct",
-            percent=True,
-            primary=True,
-            help="generated answers that equal the reference after the VQA normalisation (soft if there are several)",
+        "cider_d": MetricInfo(
+            label="CIDEr-D", numerator="cider_d", primary=True,
+            help="agreement of n-grams with the references, rare ones weighing more; 0..10, published values times 100",
         ),
-        "blank_accuracy": MetricInfo(
-            label="QA blank",
-            higher_is_better=None,
-            numerator="correct_blank",
-            percent=True,
-            help="the same model and questions with blank images: what it answers without seeing",
+        "bleu4": MetricInfo(
+            label="BLEU-4", percent=True, help="of the whole corpus, closest reference length; no mean over items",
         ),
-        "gain": MetricInfo(
-            label="QA gain",
-            numerator="gain",
-            percent=True,
-            help="accuracy less that with blank images, question by question",
+        "bleu4_smoothed": MetricInfo(
+            label="BLEU-4 mean", numerator="bleu4_smoothed", percent=True, detail=True,
+            help="mean of each caption's BLEU-4 with 1 added to the counts above one word",
         ),
-        **{f"accuracy_{k}": part(f"QA {k}", f"kind_{k}", f"accuracy on questions of kind {k}") for k in QUESTION_KINDS},
-        **{
-            f"accuracy_{t}": part(f"QA {t.replace('_', '/')}", f"type_{t}", f"accuracy where the answer is {t}")
-            for t in ANSWER_TYPES
-        },
-        **{
-            f"accuracy_exist_{s}": part(f"exist {s}", f"exist_{s}", f"POPE accuracy, what is missing chosen {s}")
-            for s in STRATEGIES
-        },
-        "exist_precision": verdict("exist precision", "true_yes", "said_yes", "POPE: right among those answered yes"),
-        "exist_recall": verdict("exist recall", "true_yes", "is_yes", "POPE: answered yes among those that are there"),
-        "exist_f1": verdict("exist F1", "twice_true_yes", "yes_said_or_true", "POPE: of precision and recall"),
-        "exist_yes_ratio": verdict(
-            "says yes", "said_yes", "kind_exist", "POPE: share answered yes; half is true", None
+        "rouge_l": MetricInfo(
+            label="ROUGE-L", numerator="rouge_l", percent=True,
+            help="longest common subsequence, beta 1.2, best precision and best recall over the references",
         ),
-    }
-
-
-def _drawing() -> dict[str, MetricInfo]:
-    """The metrics of ``text-to-image``; each ``*_real`` is the same of real images: the best that can be had."""
-
-    def of(key: str, info: MetricInfo) -> dict[str, MetricInfo]:
-        real = replace(
-            info,
-            label=f"{info.label} (real)",
-            higher_is_better=None,
-            numerator=info.numerator and f"{info.numerator}_real",
-            primary=False,
-            detail=True,
-            help=f"of the real images: {info.help}",
-        )
-        return {key: info, f"{key}_real": real}
-
-    def distance(label: str, help: str) -> MetricInfo:
-        return MetricInfo(label=label, higher_is_better=False, help=help)
-
-    return {
-        **of("score", MetricInfo(
-            label="evaluator score", numerator="score", percent=True, primary=True,
-            help="cosine of a drawn image and its text in the evaluator's space",
-        )),
-        **of("score_other", MetricInfo(
-            label="score, other", higher_is_better=None, numerator="score_other", percent=True, detail=True,
-            help="cosine of a text and the images drawn for other texts, the control",
-        )),
-        **of("gain", MetricInfo(
-            label="score gain", numerator="gain", percent=True, help="evaluator score less that with other images",
-        )),
-        **of("r_precision", MetricInfo(
-            label="R-precision", numerator="top1", percent=True,
-            help="drawn images whose text is the nearest of 100, the others drawn at random",
-        )),
-        **of("mrr", MetricInfo(
-            label="text MRR", numerator="reciprocal_rank", detail=True, help="mean reciprocal rank of the own text",
-        )),
-        **of("frechet", distance(
-            "Fréchet", "distance of the Gaussians of drawn and real images in the evaluator's space; half against half",
-        )),
-        **of("kernel", distance(
-            "kernel", "squared MMD, polynomial kernel, unbiased, of drawn and real images in the evaluator's space",
-        )),
-        **of("cmmd", distance(
-            "CMMD", "squared MMD times 1000, Gaussian kernel, unbiased, in the evaluator's space",
-        )),
+        "bits_per_byte": MetricInfo(
+            label="caption bits/byte", higher_is_better=False, numerator="bits", denominator="bytes",
+            help="negative log-likelihood of the references, in bits a byte",
+        ),
+        "words": MetricInfo(
+            label="caption words", higher_is_better=None, numerator="words", detail=True,
+            help="mean length of the written captions",
+        ),
     }  # fmt: skip
 
 
-def _scenes() -> dict[str, MetricInfo]:
-    """The metrics of ``scene-check``: shares of what the captions state, of drawn and of other images."""
-    what = {
-        "objects": ("stated objects", "stated kinds of objects that are there"),
-        "counts": ("stated counts", "stated counts that are right"),
-        "positions": ("stated positions", "stated relations of places that hold"),
-        "scenes": ("whole scenes", "images in which everything stated is right"),
-    }
-    sets = {
-        "": ("", "", True),
-        "_other": (", other", "; images drawn for other captions, the control", None),
-        "_real": (" (real)", "; real images: the checker's own error", None),
-        "_blurred": (" (blurred)", "; real images at half their resolution: the checker's error on soft ones", None),
+def _classes() -> dict[str, MetricInfo]:
+    """The metrics of ``zero-shot``."""
+    return {
+        "top1": MetricInfo(
+            label="zero-shot top-1", numerator="top1", percent=True, primary=True,
+            help="the nearest class text is the right one, among all classes of the split",
+        ),
+        "top5": MetricInfo(
+            label="zero-shot top-5", numerator="top5", percent=True, detail=True, help="the right one is among five",
+        ),
+        "top1_by_class": MetricInfo(
+            label="zero-shot, classes", numerator="weighted_top1", denominator="weight", percent=True, detail=True,
+            help="top-1 as a mean over classes, each weighing the same",
+        ),
+    }  # fmt: skip
+
+
+COMPARED: dict[str, tuple[str, ...]] = {
+    "naming": ("top1", "exact_match"),
+    "retrieval": ("i2t_r1", "t2i_r1"),
+    "text-to-image": ("score", "r_precision"),
+}
+"""Task -> those of its metrics that ``compositional`` reports for seen and held-out combinations."""
+
+
+def _combinations(known: dict[str, dict[str, MetricInfo]]) -> dict[str, MetricInfo]:
+    """The metrics of ``compositional``: those of other tasks, for pairs of a held-out and a seen combination."""
+    parts = {
+        "heldout": ("held out", True, "combinations that training lacks"),
+        "seen": ("seen", None, "their partners, seen in training"),
+        "gap": ("gap", False, "seen less held out, pair by pair"),
     }
     return {
-        f"{key}{suffix}": MetricInfo(
-            label=label + mark,
+        f"{task.replace('-', '_')}_{metric}_{part}": MetricInfo(
+            label=f"{known[task][metric].label}, {label}",
             higher_is_better=direction,
-            numerator=f"right_{key}{suffix}",
-            denominator=f"stated_{key}",
+            numerator=f"{task.replace('-', '_')}_{metric}_{part}",
             percent=True,
-            primary=key == "objects" and not suffix,
-            detail=bool(suffix),
-            help=help + more,
+            primary=(task, metric, part) == ("naming", "top1", "heldout"),
+            detail=metric != metrics[0],
+            help=f"{known[task][metric].help}: {help}",
         )
-        for suffix, (mark, more, direction) in sets.items()
-        for key, (label, help) in what.items()
+        for task, metrics in COMPARED.items()
+        for metric in metrics
+        for part, (label, direction, help) in parts.items()
     }
 
 
-METRICS: dict[str, dict[str, MetricInfo]] = {
+_TASKS: dict[str, dict[str, MetricInfo]] = {
     "retrieval": {
         **{f"i2t_r{k}": _recall("i2t", k, primary=k == 1) for k in (1, 5, 10)},
         **{f"t2i_r{k}": _recall("t2i", k) for k in (1, 5, 10)},
@@ -271,10 +191,27 @@ METRICS: dict[str, dict[str, MetricInfo]] = {
             help="the generated text equals the name after normalisation",
         ),
     },
-    "question-answering": _answering(),
-    "text-to-image": _drawing(),
-    "scene-check": _scenes(),
+    "question-answering": answering(),
+    "pope": polling(),
+    "captioning": _captions(),
+    "zero-shot": _classes(),
+    "language-modelling": {
+        "bits_per_byte": MetricInfo(
+            label="text bits/byte",
+            higher_is_better=False,
+            numerator="bits",
+            denominator="bytes",
+            primary=True,
+            help="negative log-likelihood of texts alone, without an image, in bits a byte",
+        )
+    },
+    "text-to-image": drawing(),
+    "scene-check": scenes(),
+    "inpainting": inpainting(),
+    "segmentation": segmentation(),
 }
+
+METRICS: dict[str, dict[str, MetricInfo]] = {**_TASKS, "compositional": _combinations(_TASKS)}
 """Task name -> metric name -> meaning. Metrics that are only counts (items, candidates) are not listed."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from zoo.capabilities import GenerateText
 from zoo.data.sample import BadSample, BadSamples
 from zoo.errors import ConfigError, DataError
-from zoo.evaluation.answers import VERSION, answer_type, first_verdict, normalise_answer, vqa_accuracy
+from zoo.evaluation.answers import VERSION, answer_type, exact_match, first_verdict, normalise_answer, vqa_accuracy
 from zoo.evaluation.catalogue import ANSWER_TYPES, METRICS, QUESTION_KINDS, STRATEGIES, MetricInfo
 from zoo.evaluation.task import (
     Progress,
@@ -186,6 +186,7 @@ def _row(asked: Asked, answer: str, blind: str | None) -> dict[str, Any]:
         "strategy": asked.strategy,
         "answer_type": kind,
         "correct": score,
+        "exact": float(exact_match(answer, asked.answers)),
     }
     for group, names, own in (
         ("kind", QUESTION_KINDS, asked.kind),
