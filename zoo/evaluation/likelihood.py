@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoo.capabilities import ScoreText
 from zoo.errors import ConfigError
 from zoo.evaluation.catalogue import METRICS, MetricInfo
 from zoo.evaluation.task import Progress, SourceLike, Task, TaskResult, batches, choose_ids, cluster_of, sample_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,6 @@ class CaptionLikelihood(Task):
     config: CaptionLikelihoodConfig
 
     def run(self, model: Any, source: SourceLike, split: str, progress: Progress | None = None) -> TaskResult:
-        import torch
-
         from zoo.evaluation.metrics import BitsPerByte
 
         ids = choose_ids(source, split, self.config.items)
@@ -60,20 +61,9 @@ class CaptionLikelihood(Task):
         size = self.config.batch_size
         for samples in batches(self.name, source, ids, size, progress):
             texts = [tuple(dict.fromkeys(s.texts)) if self.config.captions == "all" else s.texts[:1] for s in samples]
-            pairs = [(n, text) for n, own in enumerate(texts) for text in own]
-            scores = []
-            for start in range(0, len(pairs), size):
-                part = pairs[start : start + size]
-                prompts = [self.config.prompt] * len(part) if self.config.prompt else None
-                scores.append(
-                    model.score_text([samples[n].image for n, _ in part], [t for _, t in part], prompts).cpu()
-                )
-            log_likelihood = torch.cat(scores).double()  # [P] nats
-            lengths = torch.tensor([len(text.encode()) for _, text in pairs])  # [P] bytes
-            metric.update(log_likelihood, lengths)
-            for n, sample in enumerate(samples):
-                own = torch.tensor([p for p, (m, _) in enumerate(pairs) if m == n])
-                nats, count = -float(log_likelihood[own].sum()), int(lengths[own].sum())
+            costs, lengths = caption_costs(model, [s.image for s in samples], texts, self.config.prompt, size)
+            metric.update(-costs, lengths)
+            for sample, own, nats, count in zip(samples, texts, costs.tolist(), lengths.tolist(), strict=True):
                 bits = nats / math.log(2)
                 items.append(
                     {
@@ -95,3 +85,29 @@ class CaptionLikelihood(Task):
         return TaskResult(
             name=self.name, metrics=metrics, items=items, spec_hash=self.spec_hash(source, split), samples=outputs
         )
+
+
+def caption_costs(
+    model: Any, images: Sequence[Any], captions: Sequence[Sequence[str]], prompt: str, size: int
+) -> tuple[Tensor, Tensor]:
+    """What an image's captions cost together: -log p(caption | image) [N] float64 in nats, and their UTF-8 bytes [N].
+
+    Args:
+        model: offers ``score_text``.
+        captions: of each image.
+        prompt: text before a caption; empty uses the model's own default.
+        size: pairs a forward pass.
+    """
+    import torch
+
+    pairs = [(n, text) for n, own in enumerate(captions) for text in own]
+    nats = torch.zeros(len(images), dtype=torch.float64)
+    lengths = torch.zeros(len(images), dtype=torch.int64)
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        prompts = [prompt] * len(part) if prompt else None
+        scores = model.score_text([images[n] for n, _ in part], [text for _, text in part], prompts).double().cpu()
+        rows = torch.tensor([n for n, _ in part])
+        nats.index_add_(0, rows, -scores)
+        lengths.index_add_(0, rows, torch.tensor([len(text.encode()) for _, text in part]))
+    return nats, lengths

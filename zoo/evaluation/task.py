@@ -195,6 +195,23 @@ def batches(
             progress(task, min(start + size, len(ids)), len(ids))
 
 
+def text_samples(source: SourceLike, ids: Sequence[str]) -> Iterator[SampleLike]:
+    """Read samples for their texts and meta data, without their images where the source can.
+
+    What cannot be read is skipped and logged, up to the source's ``max_bad``.
+
+    Raises:
+        DataError: too many cannot be read.
+    """
+    read: Callable[[str], SampleLike] = getattr(source, "text_sample", None) or source.sample
+    bad = BadSamples(source.name, getattr(source, "max_bad", 0))
+    for i in ids:
+        try:
+            yield read(i)
+        except BadSample as error:
+            bad.add(error.id, error.reason)
+
+
 def cluster_of(sample: SampleLike) -> str:
     """Return what is resampled together with this item: its ``cluster`` in the meta data, else itself."""
     return str(sample.meta.get("cluster", sample.id))

@@ -16,9 +16,9 @@ from zoo.evaluation.task import (
     Progress,
     SourceLike,
     TaskResult,
-    batches,
     by_hash,
     sample_ids,
+    text_samples,
     thumbnail,
 )
 
@@ -155,13 +155,7 @@ class TextToImage(DrawingTask):
 
     def _pool(self, source: SourceLike, split: str) -> list[str]:
         """Return the distinct texts of the whole split, so that ``items`` does not change anyone's candidates."""
-        ids = source.ids(split)
-        read = getattr(source, "text_sample", None)
-        samples = (
-            map(read, ids)
-            if callable(read)
-            else (s for part in batches(self.name, source, ids, self.config.batch_size, None) for s in part)
-        )
+        samples = text_samples(source, source.ids(split))
         return list(dict.fromkeys(t for s in samples for t in self.texts_of(s)))
 
     def _ranks(

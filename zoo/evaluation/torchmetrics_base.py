@@ -1,4 +1,4 @@
-"""torchmetrics' classes that the zoo's metrics derive from, beside a torch build that torchvision's operators
+"""torchmetrics' classes that the zoo's metrics derive from or use, beside a torch build that torchvision's operators
 do not fit.
 
 torchmetrics imports torchvision, which may first need its missing operators declared. Asking this module for a class
@@ -11,19 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchmetrics import Metric as Metric
+    from torchmetrics import MetricCollection as MetricCollection
+    from torchmetrics.classification import BinaryAccuracy as BinaryAccuracy
+    from torchmetrics.classification import BinaryF1Score as BinaryF1Score
+    from torchmetrics.classification import BinaryPrecision as BinaryPrecision
+    from torchmetrics.classification import BinaryRecall as BinaryRecall
     from torchmetrics.image.fid import FrechetInceptionDistance as FrechetInceptionDistance
+    from torchmetrics.text import BLEUScore as BLEUScore
+
+_PLACES = {
+    "Metric": "torchmetrics",
+    "MetricCollection": "torchmetrics",
+    "BinaryAccuracy": "torchmetrics.classification",
+    "BinaryF1Score": "torchmetrics.classification",
+    "BinaryPrecision": "torchmetrics.classification",
+    "BinaryRecall": "torchmetrics.classification",
+    "FrechetInceptionDistance": "torchmetrics.image.fid",
+    "BLEUScore": "torchmetrics.text",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Metric", "FrechetInceptionDistance"):
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     from zoo import torchvision_ops
 
     torchvision_ops.ensure()
-    if name == "Metric":
-        from torchmetrics import Metric
-
-        return Metric
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    return FrechetInceptionDistance
+    return getattr(import_module(_PLACES[name]), name)
