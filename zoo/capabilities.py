@@ -67,6 +67,19 @@ class ScoreTexts(Protocol):
 
 
 @runtime_checkable
+class ScorePlainText(Protocol):
+    """Gives the likelihood of a text by itself, without an image."""
+
+    def score_plain_text(self, texts: Sequence[str]) -> Tensor:
+        """Return [N], log p(text) in nats, summed over the text's tokens and its end; nothing stands before it.
+
+        Raises:
+            DataError: a text is longer than the model reads; nothing was computed by then.
+        """
+        ...
+
+
+@runtime_checkable
 class GenerateText(Protocol):
     """Writes text about an image."""
 
@@ -150,6 +163,10 @@ class GenerateImages(Protocol):
 class InpaintImages(Protocol):
     """Draws a part of images anew."""
 
+    def prepared_images(self, images: Sequence[ImageLike]) -> Tensor:
+        """Return [N, 3, H, W] float32 in [0, 1]: the images as the model is shown them, of the size it draws."""
+        ...
+
     def inpaint_images(
         self,
         images: Sequence[ImageLike],
@@ -214,11 +231,22 @@ class GenerateInterleaved(Protocol):
         ...
 
 
+@runtime_checkable
+class SegmentImages(Protocol):
+    """Finds the pixels that show what a text names."""
+
+    def segment_images(self, images: Sequence[ImageLike], texts: Sequence[str]) -> list[Tensor]:
+        """Return one mask an image, [H, W] bool of the image's own size: True where it shows what its text names, all
+        of it, and nowhere if it shows none."""
+        ...
+
+
 CAPABILITIES: dict[str, type] = {
     "embed_images": EmbedImages,
     "embed_texts": EmbedTexts,
     "score_text": ScoreText,
     "score_candidates": ScoreTexts,
+    "score_plain_text": ScorePlainText,
     "generate_text": GenerateText,
     "match": Match,
     "classify": Classify,
@@ -228,6 +256,7 @@ CAPABILITIES: dict[str, type] = {
     "inpaint_images": InpaintImages,
     "edit_images": EditImages,
     "generate_interleaved": GenerateInterleaved,
+    "segment_images": SegmentImages,
 }
 """Capability name (its method's name) -> Protocol."""
 

@@ -91,6 +91,7 @@ def test_texts_and_images_in_one_order() -> None:
 
 def test_every_protocol_has_its_method_for_a_name() -> None:
     for name in ("generate_images", "inpaint_images", "edit_images", "generate_interleaved"):
-        model = type("Model", (), {name: lambda self: None})()
+        methods = {name, "prepared_images"} if name == "inpaint_images" else {name}
+        model = type("Model", (), dict.fromkeys(methods, lambda self: None))()
         assert capabilities_of(model) == (name,)
         assert name in CAPABILITIES

@@ -14,6 +14,7 @@ from zoo.capabilities import (
     GenerateImages,
     GenerateText,
     Match,
+    ScorePlainText,
     ScoreText,
     ScoreTexts,
     capabilities_of,
@@ -49,6 +50,10 @@ def check_capabilities(
         scores = _alike("score_text", model.score_text, (images, texts), tolerance)
         assert scores.shape == (len(texts),), f"score_text gives {tuple(scores.shape)}, expected ({len(texts)},)"
         assert bool((scores <= tolerance).all()), "score_text gives log-likelihoods above nought"
+    if isinstance(model, ScorePlainText):
+        plain = _alike("score_plain_text", model.score_plain_text, (texts,), tolerance)
+        assert plain.shape == (len(texts),), f"score_plain_text gives {tuple(plain.shape)}, expected ({len(texts)},)"
+        assert bool((plain <= tolerance).all()), "score_plain_text gives log-likelihoods above nought"
     if isinstance(model, Match):
         matches = _alike("match", model.match, (images, texts), tolerance)
         assert matches.shape == (len(texts),), f"match gives {tuple(matches.shape)}, expected ({len(texts)},)"

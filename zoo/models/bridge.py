@@ -20,6 +20,7 @@ from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, TokenBatch, lay_out
 from zoo.layout_facts import Padding, look_at_padding
 from zoo.models.base import Model
+from zoo.models.plain_text import ScoresPlainText
 from zoo.models.writing import IGNORE, WritesText, _given
 from zoo.part import Features, PartConfig, seeded
 from zoo.recipe import WiringConfig
@@ -90,7 +91,7 @@ class BridgeConfig(WiringConfig):
         )
 
 
-class Bridge(WritesText, Model):
+class Bridge(ScoresPlainText, WritesText, Model):
     """``encoder``, ``connector``, ``decoder``: image tokens spliced into the text at placeholders, all of it causal."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})

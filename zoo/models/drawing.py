@@ -261,6 +261,15 @@ class DrawsImages(WritesInterleaved):
 class InpaintsImages(DrawsImages):
     """The capability ``inpaint_images``, and ``extrapolate_images``: of models whose codes are masked."""
 
+    def prepared_images(self, images: Sequence[ImageLike]) -> Tensor:
+        """The images as the image tokenizer is shown them, [N, 3, H, W] float32 in [0, 1]."""
+        side = self.image_config.image_size
+        shown = [torch.empty(0, 3, side, side, device=self.device)]
+        for start in range(0, len(images), CHUNK):
+            pixels = self._tokenizer_pixels(images[start : start + CHUNK])
+            shown.append(self.image_config.shown(pixels).float())
+        return torch.cat(shown)
+
     def inpaint_images(
         self,
         images: Sequence[ImageLike],

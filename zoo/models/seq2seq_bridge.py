@@ -81,6 +81,7 @@ class Seq2SeqBridge(Bridge):
     gives_context = True
     decoder: Seq2SeqLM
     decoder_config: Seq2SeqLMConfig
+    score_plain_text = None  # type: ignore[assignment]  # its decoder reads what an encoder has read; without, nothing
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from zoo.errors import ConfigError
 from zoo.layout import Layout, TokenBatch
 from zoo.layout_facts import Padding
 from zoo.models.bridge import _check_slots
+from zoo.models.plain_text import ScoresPlainText
 from zoo.models.writing import WritesText
 from zoo.part import Features
 from zoo.sampling.text import Decoding, align_right, choose, write
@@ -54,8 +55,8 @@ class TextState:
         return layout.append("text", modality=0)
 
 
-class WritesUnified(WritesText):
-    """``generate_text``, ``score_text`` and ``score_candidates`` of the unified wirings.
+class WritesUnified(ScoresPlainText, WritesText):
+    """``generate_text``, ``score_text``, ``score_candidates`` and ``score_plain_text`` of the unified wirings.
 
     Rows are those of the task ``mmu``: the image first, so that candidates share its keys and values.
     """

@@ -121,6 +121,7 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
         "embed_texts": lambda rows: module.embed_texts(TEXTS[rows]),
         "score_text": lambda rows: module.score_text(images[rows], TEXTS[rows]),
         "score_candidates": lambda rows: module.score_candidates(images[rows], [TEXTS] * len(images[rows])),
+        "score_plain_text": lambda rows: module.score_plain_text(TEXTS[rows]),
         "generate_text": lambda rows: module.generate_text(images[rows], max_new_tokens=4),
         "match": lambda rows: module.match(images[rows], TEXTS[rows]),
         "classify": lambda rows: module.classify(images[rows], TEXTS[rows]),
