@@ -16,6 +16,7 @@ from zoo.builtin_latents import LATENTS
 from zoo.builtin_llamagen import LLAMAGEN
 from zoo.builtin_scenes import SCENES
 from zoo.builtin_t5 import T5
+from zoo.builtin_tasks import EVALUATIONS
 from zoo.builtin_transfusion import TRANSFUSION
 from zoo.builtin_unified import UNIFIED
 from zoo.plugin import Plugin
@@ -463,4 +464,4 @@ WIRED = (
     *UNIFIED,
 )
 
-PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *TASKS, *DRAWING, *SCENES))
+PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *TASKS, *DRAWING, *SCENES, *EVALUATIONS))
