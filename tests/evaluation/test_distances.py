@@ -118,3 +118,50 @@ def test_what_cannot_be_compared() -> None:
     alone = [distances([(normal(9, 3, n), normal(9, 3, n + 1))]) for n in (0, 2)]
     for key in ("frechet", "kernel", "cmmd"):
         assert both[key] == pytest.approx((alone[0][key] + alone[1][key]) / 2)
+
+
+def gaussian(count: int, mean: Tensor, root: Tensor, seed: int) -> Tensor:
+    """Rows of a Gaussian with covariance ``root root^T``."""
+    return normal(count, len(mean), seed) @ root.T + mean
+
+
+MEANS = torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+ROOTS = (
+    torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [-0.3, 0.5, 1.2]], dtype=torch.float64),
+    torch.tensor([[0.5, 0.0, 0.0], [-0.4, 1.5, 0.0], [0.2, -0.7, 0.9]], dtype=torch.float64),
+)
+"""Two Gaussians whose covariances do not commute."""
+
+
+def test_frechet_of_drawn_gaussians_comes_to_the_closed_form() -> None:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the Gaussians themselves, the trace of the root by eigenvalues."""
+    first, second = (root @ root.T for root in ROOTS)
+    assert float((first @ second - second @ first).abs().max()) > 0.1
+    root_trace = torch.linalg.eigvals(first @ second).real.sqrt().sum()
+    expected = float((MEANS[0] - MEANS[1]).square().sum() + (first + second).trace() - 2 * root_trace)
+    errors = []
+    for count in (200, 20000):
+        drawn = [gaussian(count, MEANS[n], ROOTS[n], seed=10 + n) for n in range(2)]
+        errors.append(abs(frechet(*drawn) - expected))
+    assert expected > 3
+    assert errors[1] < 0.05
+    assert errors[1] < errors[0]
+
+
+def test_polynomial_kernel_of_drawn_gaussians_comes_to_the_closed_form() -> None:
+    """(z + 1)^3 of z = x.y, x and y independent with means nought: E z = E z^3 = 0, E z^2 = tr(C1 C2), so that the
+    squared MMD is 3 |C1 - C2|^2 (Frobenius)."""
+    first, second = (root @ root.T for root in ROOTS)
+    expected = 3 * float((first - second).square().sum())
+    nought = torch.zeros(3, dtype=torch.float64)
+    values = torch.stack(
+        [
+            squared_mmd(
+                gaussian(150, nought, ROOTS[0], 2 * n), gaussian(110, nought, ROOTS[1], 2 * n + 1), polynomial_kernel
+            )
+            for n in range(200)
+        ]
+    )
+    error = float(values.std()) / math.sqrt(len(values))
+    assert abs(float(values.mean()) - expected) < 4 * error
+    assert error < expected / 20
