@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=int, default=5, help="rows beside the baseline where Holm's correction is checked"
     )
+    parser.add_argument("--clusters", type=int, default=0, help="of a simulated test set; default: as many as stored")
+    parser.add_argument("--shared", type=float, default=0.0, help="share of the seed's variance common to all rows")
     arguments = parser.parse_args()
     board = build_leaderboard([run for run in find_runs(arguments.runs) if arguments.match in run.name])
     tasks = set(filter(None, arguments.tasks.split(",")))
@@ -133,7 +135,8 @@ def report(column: Column, rows: Sequence[Row], files: ScoreFiles, arguments: ar
     print("| " + " | ".join("---" for _ in headings) + " |")
     for seeds in map(int, arguments.seeds.split(",")):
         for own_spread in dict.fromkeys((0.0, own)):
-            null = Simulation(seeds=seeds, seed_sd=own_spread)
+            clusters, common = arguments.clusters, arguments.shared
+            null = Simulation(seeds=seeds, seed_sd=own_spread, clusters=clusters, shared=common)
             n = arguments.repeats
             one = simulate(first, first, null, n)
             family = simulate(first, first, replace(null, rows=arguments.rows), max(1, n // 3))

@@ -56,16 +56,16 @@ def make_runs(root: Path, recipes: int, seeds: int, items: int, samples: int = 1
             level = quality + 0.02 * rng.normal()
             metrics: dict[str, dict[str, float]] = {}
             for task in TASKS:
-                columns: dict[str, Any] = {}
-                for metric, info in METRICS[task].items():
-                    if not info.numerator:
-                        continue
+                known = [info for info in METRICS[task].values() if info.numerator]
+                columns = {info.denominator: counting[info.denominator] for info in known if info.denominator}
+                for info in known:
                     below = counting.get(info.denominator, np.ones(items))
-                    above = (rng.random(items) * 0.3 + level > hard) * below
-                    columns[info.numerator] = above
-                    if info.denominator:
-                        columns[info.denominator] = below
-                    metrics.setdefault(task, {})[metric] = float(above.sum() / below.sum())
+                    columns.setdefault(info.numerator, (rng.random(items) * 0.3 + level > hard) * below)
+                metrics[task] = {
+                    metric: float(columns[info.numerator].sum() / columns.get(info.denominator, np.ones(items)).sum())
+                    for metric, info in METRICS[task].items()
+                    if info in known
+                }
                 table = pa.table({"item": ids, "cluster": clusters, **columns})
                 pq.write_table(table, path / "items" / f"{task}.parquet")
             write(path, name, recipe, seed, metrics, pictures)
