@@ -137,6 +137,31 @@ def test_tasks_that_a_model_cannot_do_are_left_out(tmp_path: Path) -> None:
     assert "embed_images, embed_texts (retrieval)" in skipped["compositional"]
 
 
+def test_drawings_of_held_out_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that draws what it knows and a grey square of what it does not, judged by one that knows all."""
+
+    class Draws:
+        def generate_images(self, texts: Sequence[str], **how: Any) -> Tensor:
+            out = torch.full((len(texts), 3, 4, 4), 2 / 255)
+            for n, (role, tone) in enumerate(text.split() for text in texts):
+                if (role, tone) not in HELD:
+                    out[n, 0], out[n, 1] = ROLES.index(role) / 255, TONES.index(tone) / 255
+            return out
+
+    monkeypatch.setattr("zoo.evaluation.text_to_image.load_evaluator", lambda *a: ByHeart(recombines=True))
+    monkeypatch.setattr("zoo.evaluation.drawing.evaluator_hash", lambda path, task: f"hash of {path}")
+    task = CompositionalConfig(
+        tasks="text-to-image+naming", evaluator="judge", fields={"text-to-image": {"candidates": 6}}
+    ).build()
+    values = task.run(Draws(), Crew(), "test").metrics
+    assert values["text_to_image_score_seen"] == pytest.approx(1.0, abs=1e-5)
+    assert values["text_to_image_r_precision_seen"] == 1.0
+    assert values["text_to_image_score_heldout"] < 0.5
+    assert values["text_to_image_score_gap"] > 0.5
+    assert "naming_top1_gap" not in values
+    assert "hash of judge" in str(task.spec(Crew(), "test")["inner"])
+
+
 def test_what_cannot_be_asked() -> None:
     with pytest.raises(ConfigError, match="not one of naming, retrieval, text-to-image"):
         CompositionalConfig(tasks="naming+captioning")
@@ -146,6 +171,8 @@ def test_what_cannot_be_asked() -> None:
         CompositionalConfig(tasks="naming", fields={"retrieval": {}})
     with pytest.raises(ConfigError, match=r"set compositional\.items"):
         CompositionalConfig(fields={"naming": {"items": 3}})
+    with pytest.raises(ConfigError, match=r"text-to-image\.evaluator: set compositional\.evaluator"):
+        CompositionalConfig(tasks="text-to-image", fields={"text-to-image": {"evaluator": "x"}})
     with pytest.raises(ConfigError, match="at least two"):
         CompositionalConfig(factors="role")
     with pytest.raises(ConfigError, match="candidatess"):
@@ -155,7 +182,7 @@ def test_what_cannot_be_asked() -> None:
     with pytest.raises(ConfigError, match="holds nothing out"):
         CompositionalConfig().build().run(ByHeart(True), Crew(), "train")
     with pytest.raises(DataError, match=r"no item of the test split.*split_scheme=compositional"):
-        CompositionalConfig(factors="name,role").build().run(ByHeart(True), Crew(), "test")
+        CompositionalConfig(factors="name+role").build().run(ByHeart(True), Crew(), "test")
     specs = [
         CompositionalConfig(fields=f).build().spec_hash(Crew(), "test") for f in ({}, {"naming": {"candidates": 5}})
     ]

@@ -35,16 +35,19 @@ class CompositionalConfig:
     Attributes:
         tasks: which tasks are asked, joined by ``+``: naming, retrieval, text-to-image. Those that a model cannot do
             are left out.
-        fields: fields of these tasks, task -> field -> value, as ``{text-to-image: {evaluator: PATH}}``. ``items`` is
-            set here and not there.
-        factors: keys of the samples' meta data whose values make a combination.
+        fields: other fields of these tasks, task -> field -> value, as ``{naming: {candidates: 50}}``.
+        factors: keys of the samples' meta data whose values make a combination, joined by ``+``.
         items: how many held-out items (chosen by hash of their id); 0 takes all.
+        batch_size: of every task.
+        evaluator: run directory or checkpoint folder of the model that judges what text-to-image draws.
     """
 
     tasks: str = "naming+retrieval"
     fields: dict[str, dict[str, Any]] = field(default_factory=dict)
-    factors: str = "role,skin_tone,gender"
+    factors: str = "role+skin_tone+gender"
     items: int = 0
+    batch_size: int = 64
+    evaluator: str = ""
     metrics: ClassVar[Mapping[str, MetricInfo]] = METRICS["compositional"]
 
     def __post_init__(self) -> None:
@@ -61,12 +64,13 @@ class CompositionalConfig:
                 raise ConfigError(f"compositional.fields has {name!r}, which is not among tasks = {self.tasks!r}")
             if given.get("texts", "first") != "first":
                 raise ConfigError(f"compositional.fields.{name}.texts: an item has one score here; leave it at first")
-            if "items" in given:
-                raise ConfigError(f"compositional.fields.{name}.items: set compositional.items, the number held out")
+            for key in ("items", "batch_size", "evaluator"):
+                if key in given:
+                    raise ConfigError(f"compositional.fields.{name}.{key}: set compositional.{key} in its place")
         if len(self.keys) < 2:
-            raise ConfigError(f"compositional.factors = {self.factors!r}: expected at least two, parted by commas")
-        if self.items < 0:
-            raise ConfigError(f"compositional.items = {self.items}: expected 0 (all) or more")
+            raise ConfigError(f"compositional.factors = {self.factors!r}: expected at least two, joined by +")
+        if self.batch_size < 1 or self.items < 0:
+            raise ConfigError("compositional: batch_size is at least 1, items at least 0")
 
     @property
     def names(self) -> list[str]:
@@ -76,7 +80,7 @@ class CompositionalConfig:
     @property
     def keys(self) -> list[str]:
         """The factors."""
-        return [part.strip() for part in self.factors.split(",") if part.strip()]
+        return [part.strip() for part in self.factors.split("+") if part.strip()]
 
     def inner(self) -> list[Task]:
         """Build the tasks that are asked, on all items that they are given."""
@@ -84,7 +88,9 @@ class CompositionalConfig:
 
         out = []
         for name in self.names:
-            given = {**self.fields.get(name, {}), "items": 0}
+            given = {**self.fields.get(name, {}), "items": 0, "batch_size": self.batch_size}
+            if name == "text-to-image":
+                given["evaluator"] = self.evaluator
             config: TaskConfig = catalogue()["task"].parse(name, given, f"compositional.fields.{name}")
             out.append(config.build())
         return out
@@ -184,8 +190,8 @@ class Compositional(Task):
 
     def spec(self, source: SourceLike, split: str) -> dict[str, Any]:
         spec = super().spec(source, split)
-        spec["config"]["fields"] = [task.spec(source, split) for task in self.config.inner()]
-        return {**spec, "pairs": VERSION}
+        del spec["config"]["fields"], spec["config"]["evaluator"]  # a judge counts by its weights, in the task's own
+        return {**spec, "inner": [task.spec(source, split) for task in self.config.inner()], "pairs": VERSION}
 
     def run(self, model: Any, source: SourceLike, split: str, progress: Progress | None = None) -> TaskResult:
         pairs, clusters = self._pairs(source, split)
