@@ -103,6 +103,7 @@ class Adversarial(Objective):
         answers: [2] moving averages of its answers to real and to drawn images, from 0.
     """
 
+    learns: ClassVar[str] = "adversarial"
     needs: ClassVar[frozenset[str]] = frozenset({"reconstruction"})
     reads_losses = True
     steps: Tensor

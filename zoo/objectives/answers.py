@@ -39,6 +39,7 @@ class Answers(Objective):
     A long answer therefore weighs more than a short one, and an answer most people gave more than one few gave.
     """
 
+    learns: ClassVar[str] = "autoregressive"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "targets", "answer_weights"})
 
     def __init__(self, config: AnswersConfig) -> None:

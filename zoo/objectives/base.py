@@ -24,6 +24,8 @@ class Objective(nn.Module):
     """Base of objectives.
 
     Attributes:
+        learns: The kind of learning, a word for tables of models: ``contrastive``, ``matching``, ``masked``,
+            ``autoregressive``, ``diffusion``, ``flow``, ``reconstruction``, ...; empty = none of a name.
         needs: Outputs of the wiring it reads; checked against ``Model.provides`` when the module is built.
         momentum_rate: Decay of the momentum copy it learns from; None = it needs none.
         momentum: The run's copy, see ``zoo.objectives.momentum``; None where no objective needs one. It belongs to the
@@ -32,6 +34,7 @@ class Objective(nn.Module):
         reads_losses: It is called after the others, and its outputs hold ``loss``, their weighted sum.
     """
 
+    learns: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     momentum_rate: float | None = None
     momentum: Momentum | None = None

@@ -101,6 +101,7 @@ class Contrastive(Objective):
     """Mean of the image-to-text and the text-to-image cross-entropy; pairs stand on the diagonal, and with
     ``image_ids`` [B] in the batch all pairs of one image are right to equal parts."""
 
+    learns: ClassVar[str] = "contrastive"
     needs: ClassVar[frozenset[str]] = frozenset({"image_embeds", "text_embeds", "logit_scale"})
     prefix: ClassVar[str] = ""  # of the outputs and of the model's temperature
 

@@ -27,6 +27,8 @@ class _DenoisingConfig(ObjectiveConfig):
             most 500 of 1,000); 1 = no limit.
     """
 
+    learns: ClassVar[str] = ""
+
     weight: float = 5.0
     noise_limit: float = 0.5
 
@@ -50,6 +52,8 @@ class DiffusionConfig(_DenoisingConfig):
         prediction: ``epsilon``, ``v_prediction`` or ``sample``.
     """
 
+    learns: ClassVar[str] = "diffusion"
+
     schedule: str = "squaredcos_cap_v2"
     prediction: str = "epsilon"
 
@@ -64,6 +68,8 @@ class DiffusionConfig(_DenoisingConfig):
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig(_DenoisingConfig):
     """Flow matching: predict the velocity of the straight path from noise to image."""
+
+    learns: ClassVar[str] = "flow"
 
     def process(self) -> Process:
         return Flow()
@@ -81,6 +87,7 @@ class Denoising(Objective):
     def __init__(self, config: _DenoisingConfig) -> None:
         super().__init__()
         self.config = config
+        self.learns = config.learns  # type: ignore[misc]
 
     def prepare(self, model: Any, momentum: Momentum | None) -> None:
         """Give the model the process.

@@ -27,6 +27,7 @@ class DistilledAnswersConfig(DistilledConfig):
 class DistilledAnswers(Objective):
     """Sum over answers of weight · (sum over tokens of (1 - alpha) cross-entropy + alpha soft cross-entropy)."""
 
+    learns: ClassVar[str] = "autoregressive"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "targets", "answer_weights"})
 
     def __init__(self, config: DistilledAnswersConfig) -> None:

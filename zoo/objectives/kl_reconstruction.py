@@ -41,6 +41,7 @@ class KLReconstruction(Objective):
     divided by the number of pixel values, so that the error is a mean and both keep their ratio.
     """
 
+    learns: ClassVar[str] = "reconstruction"
     needs: ClassVar[frozenset[str]] = frozenset({"reconstruction", "latent_mean", "latent_logvar"})
 
     def __init__(self, config: KLReconstructionConfig) -> None:

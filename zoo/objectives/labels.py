@@ -42,6 +42,7 @@ class Labels(Objective):
     """``one``: softmax cross-entropy, mean over the items that have a label. ``any``: binary cross-entropy, summed over
     the labels and averaged over the items (unilm, beit3: mean over all, times the number of answers)."""
 
+    learns: ClassVar[str] = "classification"
     needs: ClassVar[frozenset[str]] = frozenset({"label_logits", "label_targets"})
 
     def __init__(self, config: LabelsConfig) -> None:

@@ -43,6 +43,7 @@ class MaskedCaptioning(Objective):
     """Divergence of the smoothed true word from the prediction, at masked places of a caption that reads the image and
     its own past; the image reads no text."""
 
+    learns: ClassVar[str] = "masked"
     needs: ClassVar[frozenset[str]] = frozenset({"image_tokens", "text_states"})
     steps: Tensor
 

@@ -87,6 +87,7 @@ class MaskedData(Objective):
     the true codes from the output ``image_codes``. There is no contrast and no matching in it.
     """
 
+    learns: ClassVar[str] = "masked"
     needs: ClassVar[frozenset[str]] = frozenset({"image_codes"})
 
     def __init__(self, config: MaskedDataConfig) -> None:

@@ -63,6 +63,7 @@ class MaskedImageTokens(Objective):
     processes each divides by the mean number of targets a process. No targets give a zero connected to the graph.
     """
 
+    learns: ClassVar[str] = "masked"
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "code_targets"})
     parts = 3  # a typical batch holds rows of three tasks, of which this is one's loss
 

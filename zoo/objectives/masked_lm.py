@@ -66,6 +66,7 @@ class MaskedLM(Objective):
     and ``model.vocab_size`` counts the words. The batch may bring the draw: ``masked_ids`` and ``masked_labels``.
     """
 
+    learns: ClassVar[str] = "masked"
     needs: ClassVar[frozenset[str]] = frozenset({"image_embeds", "image_tokens"})
 
     def __init__(self, config: MaskedLMConfig) -> None:

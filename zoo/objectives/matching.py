@@ -74,6 +74,7 @@ class Matching(Objective):
     int64, rows of the gathered batch.
     """
 
+    learns: ClassVar[str] = "matching"
     needs: ClassVar[frozenset[str]] = frozenset({"image_embeds", "text_embeds", "logit_scale", "image_tokens"})
 
     def __init__(self, config: MatchingConfig) -> None:

@@ -90,7 +90,7 @@ class Momentum(nn.Module):
     def __init__(self, model: Any, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.steps: int | None = None
+        self.steps: float | None = None
         self.teacher = copied(model, model.momentum_parts())
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self._last: tuple[weakref.ref[Tensor], dict[str, Tensor]] | None = None
@@ -205,6 +205,7 @@ class MomentumContrastive(Objective):
         pointer: Row that is written next.
     """
 
+    learns: ClassVar[str] = "contrastive"
     needs: ClassVar[frozenset[str]] = frozenset({"image_embeds", "text_embeds", "logit_scale"})
     image_queue: Tensor
     text_queue: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,8 @@ class NextToken(Objective):
     averages weigh every token alike, as one process with the whole batch would. A batch without targets gives a zero
     that is connected to the graph.
     """
+
+    learns: ClassVar[str] = "autoregressive"
 
     def __init__(self, config: NextTokenConfig) -> None:
         super().__init__()

@@ -69,6 +69,7 @@ class Perceptual(Objective):
     images, and summed over layers (meaned for an encoder). The network is in no checkpoint.
     """
 
+    learns: ClassVar[str] = "reconstruction"
     needs: ClassVar[frozenset[str]] = frozenset({"reconstruction"})
 
     def __init__(self, config: PerceptualConfig) -> None:

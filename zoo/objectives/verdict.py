@@ -24,6 +24,7 @@ class VerdictConfig(ObjectiveConfig):
 class Verdict(Objective):
     """Mean cross-entropy, in nats."""
 
+    learns: ClassVar[str] = "classification"
     needs: ClassVar[frozenset[str]] = frozenset({"verdict_logits", "verdicts"})
 
     def forward(

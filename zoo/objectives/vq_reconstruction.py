@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class VQReconstruction(Objective):
     A term whose factor is 0 is not computed, and the outputs it reads need not be there: with ``beta`` = 0 it trains
     tokenizers without codes. What a codebook of moving averages learns from is no loss.
     """
+
+    learns: ClassVar[str] = "reconstruction"
 
     def __init__(self, config: VQReconstructionConfig) -> None:
         super().__init__()
