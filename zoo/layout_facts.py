@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -177,7 +178,9 @@ def positions(
 def picture(
     names: Sequence[str], segment: list[int], relation: list[list[int]], kind: Kind, allowed: list[list[bool]] | None
 ) -> str:
-    """Draw one batch row: the table by segments, then (if ``allowed`` is given) what every token reads."""
+    """Draw one batch row: the table by segments, then what every token reads or, where ``allowed`` is not given, the
+    stretches of the sequence in their order.
+    """
     words = {value: word.replace("never", "-") for word, value in RELATIONS.items()}
     present = [i for i in range(len(names)) if i in segment]
     label = [f"{names[i]} ({segment.count(i)})" for i in present]
@@ -194,4 +197,7 @@ def picture(
         for i, reads in enumerate(allowed):
             head = heads[i] if i == 0 or heads[i] != heads[i - 1] else ""
             lines.append(f"{head:<{left}}  " + "".join("■" if r else "·" for r in reads))
+    elif len(present) > 1:
+        stretches = [(names[s] if s >= 0 else "pad", len(list(run))) for s, run in groupby(segment)]
+        lines.append("order: " + " | ".join(f"{name} ({count})" for name, count in stretches))
     return "\n".join(line.rstrip() for line in lines)

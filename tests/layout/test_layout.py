@@ -286,3 +286,4 @@ def test_the_picture_shows_table_and_tokens() -> None:
     assert lines[3].split() == ["text", "(2)", "past", "past"]
     assert [line.split()[-1] for line in lines[5:]] == ["■■···", "■■···", "■■■··", "■■■■·", "····■"]
     assert "■" not in layout.draw(most=4)
+    assert layout.draw(most=4).splitlines()[-1] == "order: query (2) | text (2) | pad (1)"
