@@ -118,6 +118,14 @@ def fabricate(
             "recipe": "ec1be",
         },
         "layout": LAYOUT,
+        "characteristics": {
+            "understands": True,
+            "learns": ["contrastive"] if towers else ["autoregressive"],
+            "images": "continuous",
+            "attention": "causal",
+            "parameters": parameters,
+            "visual_tokens": parameters // 100_000,
+        },
         **(manifest or {}),
     }
     (path / "manifest.json").write_text(json.dumps(values))

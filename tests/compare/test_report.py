@@ -1,11 +1,10 @@
-"""The page, the CSV and the Markdown, from fabricated runs; and the page in a browser where there is one."""
+"""The page and its tables, from fabricated runs. What a browser makes of the page is in test_page.py."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from zoo.compare import charts
 from zoo.compare.leaderboard import build_leaderboard
 from zoo.compare.report import make_report
 from zoo.compare.rundir import find_runs
@@ -24,6 +22,20 @@ from zoo.errors import RunError
 
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 VOID = {"meta", "img", "wbr", "br", "hr", "link", "input"}
+FACTS = {
+    "understands": True,
+    "draws": "masked",
+    "learns": ["masked", "autoregressive"],
+    "images": "discrete",
+    "attention": "text causal, image full; one sequence",
+    "stages": [
+        {"name": "align", "trained": ["decoder"], "frozen": ["image_tokenizer"], "parameters": 5},
+        {"name": "tune", "trained": ["decoder", "image_tokenizer"], "frozen": [], "parameters": 7},
+    ],
+    "parameters": 1_300_000,
+    "visual_tokens": 256,
+    "drawing_passes": 18,
+}
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
 
@@ -88,7 +100,10 @@ def test_the_demo_page(demo: Path, tmp_path: Path) -> None:
     assert "bits/byte ↓ against parameters" in labels
     assert "contrastive while training" in labels
     assert "next_token while training" in labels
-    assert "bits/byte ↓: differences" in labels
+    assert "bits/byte ↓ against visual tokens an image" in labels
+    assert any(label.startswith("bits/byte ↓: differences, 95 % intervals over items") for label in labels)
+    assert all(a["role"] == "img" and a["aria-label"] for a in page.all("svg"))
+    assert all(a["alt"].strip() for a in page.all("img"))
 
 
 def test_the_page_loads_nothing(demo: Path, tmp_path: Path) -> None:
@@ -96,7 +111,7 @@ def test_the_page_loads_nothing(demo: Path, tmp_path: Path) -> None:
     for tag, attributes in page.elements:
         assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
         for name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
-            assert attributes.get(name, "data:").startswith("data:image/png;base64,") or name not in attributes
+            assert attributes.get(name, "#").startswith(("data:image/png;base64,", "#"))
         assert not any(name.startswith("on") for name in attributes)
     assert "@import" not in text
     assert "url(" not in text
@@ -122,7 +137,8 @@ def test_best_values_and_flags_are_marked(make_run: Callable[..., Path], tmp_pat
     assert "zz-foreign" in rows
     foreign = next(r for r in re.findall(r"<tr class=.*?</tr>", overview, re.S) if "zz-foreign" in r)
     assert "flagged" in foreign
-    assert "⚠ other data (0ther0th, not da7ada7a)" in foreign
+    assert "⚠ not comparable: other data" in foreign
+    assert "other data (0ther0th, not da7ada7a)" in foreign
     words = "".join(page.words)
     assert "aa-broken (seed 0) is not in the table: failed: the loss is not finite" in words
 
@@ -173,7 +189,7 @@ def test_csv_and_markdown(demo: Path, tmp_path: Path) -> None:
     assert rows[0]["caption-likelihood/bits_per_byte"] == ""
     assert float(rows[1]["training_flops"]) == 4.4e13
     assert rows[-1]["control"] == "1"
-    markdown = page.with_suffix(".md").read_text().splitlines()
+    markdown = page.with_suffix(".md").read_text().partition("## Models")[0].splitlines()
     assert len([line for line in markdown if line.startswith("| ")]) == 2 + 5
     assert len({line.count(" | ") for line in markdown if line.startswith("| ") and "---" not in line}) == 1
     assert any("**" in line and "connector=mlp" in line for line in markdown)
@@ -185,7 +201,7 @@ def test_seeds_are_shown_as_mean_and_spread(make_run: Callable[..., Path], tmp_p
     text, _ = read(make_report([tmp_path / "outputs"], tmp_path / "r", now=NOW))
     assert "3 seeds" in text
     assert re.search(r"0\.\d{3} ± 0\.\d{3}", text)
-    assert "exploratory" not in text
+    assert "exploratory: 1 seed" not in text
 
 
 def test_a_page_without_a_finished_run(make_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -242,81 +258,109 @@ def test_reading_and_reporting_need_no_torch(demo: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
 
 
-def test_ticks_are_round_and_inside() -> None:
-    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert charts.ticks(28e12, 69e12, 4) == [30e12, 40e12, 50e12, 60e12]
-    assert charts.ticks(3, 3) == [3]
-    assert charts.compact(4.6e13) == "46 T"
-    assert charts.compact(38400) == "38.4 k"
-    assert charts.compact(-0.25) == "-0.25"
+def test_durations() -> None:
     assert duration(185.2) == "3 min 05 s"
+    assert duration(9.44) == "9.44 s"
+    assert duration(7200) == "2 h 00 min"
 
 
-def test_labels_do_not_lie_on_each_other() -> None:
-    points = [
-        charts.Point(x=4.0e13 + n % 2 * 1e11, y=0.5 + 0.002 * n, label=f"llava · variant {n}", series=n)
-        for n in range(6)
+def test_labels_leave_out_what_all_rows_share(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("llava+connector=mlp+stages=joint", "llava+connector=qformer+stages=joint", "clip+stages=joint"):
+        make_run(name)
+    labels = short_labels(build_leaderboard(find_runs([tmp_path / "outputs"])).rows)
+    assert set(labels.values()) == {"llava · mlp", "llava · qformer", "clip"}
+
+
+def test_a_difference_says_what_stands_behind_it(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    for seed in range(3):
+        make_run("llava+connector=linear", seed, quality=0.3)
+        make_run("llava+connector=mlp", seed, quality=0.6)
+    make_run("llava+connector=qformer", 0, quality=0.6)
+    page = make_report([tmp_path / "outputs"], tmp_path / "r", baseline="llava+connector=linear", now=NOW)
+    text, parsed = read(page)
+    rows = {(r["name"], r["metric"]): r for r in csv.DictReader((page.parent / "report-differences.csv").open())}
+    (clear, lone) = (rows[f"llava+connector={part}", "bits_per_byte"] for part in ("mlp", "qformer"))
+    assert (clear["seeds"], clear["exploratory"], clear["clear"]) == ("3", "0", "1")
+    assert (lone["exploratory"], lone["clear"]) == ("1", "0")
+    assert float(clear["low"]) <= float(clear["mean"]) <= float(clear["high"]) < 0
+    assert float(clear["p"]) <= float(clear["p_adjusted"]) < 0.05
+    titles = [a["title"] for a in parsed.all("span") if a.get("class") == "diff"]
+    assert any("after Holm over" in t and "interval over 3 seeds and items" in t for t in titles)
+    assert any("interval over items only (one seed)" in t for t in titles)
+    assert re.search(r'<span class="star">∗</span>', text)
+    assert re.search(r'<span class="star">◦</span>', text)
+    markdown = page.with_suffix(".md").read_text()
+    assert "∗ clear: p below 0.05 after Holm" in markdown
+    assert "◦ exploratory: one seed" in markdown
+
+
+def test_the_latex_tables(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run("llava+connector=linear", seed, quality=0.3)
+        make_run("llava+data.path=a_b&c%{}~^#$", seed, quality=0.6)
+    make_run("zz-foreign", manifest={"hashes": {"data": "other"}})
+    page = make_report([tmp_path / "outputs"], tmp_path / "r", baseline="llava+connector=linear", now=NOW)
+    text = page.with_suffix(".tex").read_text()
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    name = r"a\_b\&c\%\{\}\textasciitilde{}\textasciicircum{}\#\$"
+    assert name in body
+    for rule in ("toprule", "midrule", "bottomrule", "begin{table}", "end{tabular}"):
+        assert body.count(f"\\{rule}") == body.count(r"\begin{tabular}") == 4  # two tasks, costs, characteristics
+    assert not re.search(r"(?<!\\)[%#]|[^\x00-\x7f]", body)
+    assert body.count("{") == body.count("}")
+    table = body[body.index(r"\begin{tabular}") : body.index(r"\end{tabular}")]
+    lines = [line for line in table.splitlines() if line.endswith(r" \\")]
+    assert len({re.sub(r"\\&", "", line).count("&") for line in lines}) == 1
+    assert re.search(r"\\textbf\{0\.\d{3} \$\\pm\$ 0\.\d{3}\}", table)
+    assert re.search(r"\\scriptsize \$-\$0\.\d{3} \[\$-\$0\.\d{3}, \$-\$0\.\d{3}\]", table)
+    assert r"zz-foreign $\dagger$" in table
+    assert "is not comparable with" in body
+
+
+def test_the_characteristics_are_shown_from_manifests(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("show-o", "show-o+data.blank_images=true"):
+        make_run(name, manifest={"characteristics": FACTS})
+    make_run("unknown", manifest={"characteristics": {"parameters": "many"}})
+    page = make_report([tmp_path / "outputs"], tmp_path / "r", now=NOW)
+    text, _ = read(page)
+    table = text[text.index('class="sortable described"') :]
+    table = table[: table.index("</table>")]
+    assert table.count('<th scope="row"') == 2
+    for words in (
+        "masked, autoregressive",
+        "discrete",
+        "text causal, image full; one sequence",
+        '<td data-v="256">256',
+    ):
+        assert words in table
+    assert "align: decoder (image tokenizer); tune: all" in table
+    described = list(csv.DictReader((page.parent / "report-characteristics.csv").open()))
+    assert [r["model"] for r in described] == ["show-o", "show-o+data.blank_images=true"]
+    assert described[0]["drawing_passes"] == "18"
+    assert "| show-o | ✓ | masked | – |" in page.with_suffix(".md").read_text()
+    assert "align: trained" in text  # the wiring's chips
+
+
+def test_every_manifest_is_in_the_page(demo: Path, tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    make_run("aa-broken", status="failed", manifest={"error": "the loss is not finite"})
+    _, page = read(make_report([demo], tmp_path / "r", now=NOW))
+    words = "".join(page.words)
+    assert "The manifest of every run (6)" in words
+    assert words.count('"versions": {"python": "3.11.7"') == 6
+    assert '"error": "the loss is not finite"' in words
+
+
+def test_masks_and_pictures_stand_side_by_side(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    for part in ("mlp", "qformer"):
+        run = make_run(f"llava+connector={part}")
+        samples = json.loads((run / "samples.json").read_text())
+        picture = samples[0]["image"]
+        samples[0]["outputs"] = {"segmentation": {"mask": picture, "reference_mask": picture, "text": "the <b>dog</b>"}}
+        (run / "samples.json").write_text(json.dumps(samples))
+    _, page = read(make_report([tmp_path / "outputs"], tmp_path / "r", now=NOW))
+    drawn = [a for a in page.all("img") if a.get("class") == "drawn"]
+    assert [a["alt"] for a in drawn] == [
+        f"{key} of llava · {part} for: the <b>dog</b>"
+        for part in ("mlp", "qformer")
+        for key in ("mask", "reference mask")
     ]
-    picture = charts.scatter(points, "x", "y", lambda v: f"{v:.2f}", "t")
-    found = re.findall(r'class="label" x="([-\d.]+)" y="([-\d.]+)"( text-anchor="end")?', picture)
-    wide = 17 * charts.CHARACTER
-    lefts = [float(x) - (wide if end else 0) for x, _, end in found]
-    boxes = [(left, float(y) - 9, left + wide, float(y)) for left, (_, y, _) in zip(lefts, found, strict=True)]
-    assert len(boxes) == 6
-    for n, a in enumerate(boxes):
-        assert a[0] >= 0
-        assert a[2] <= charts.WIDTH
-        for b in boxes[n + 1 :]:
-            assert min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1])
-
-
-def test_a_mask_is_drawn_cell_by_cell() -> None:
-    picture = charts.mask_picture(["■■·", "■·■"], "t")
-    assert 'd="M0 0h2v1h-2zM0 1h1v1h-1zM2 1h1v1h-1z"' in picture
-
-
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
-def test_in_a_browser(demo: Path, tmp_path: Path) -> None:
-    """The script runs (a click sorts the table), nothing is wider than a phone, and the console stays empty."""
-    page = make_report([demo], tmp_path / "report.html", now=NOW)
-    probe = """<script>
-    const table = document.querySelector("table.sortable");
-    const key = () => [...table.tBodies[0].rows].map(r => r.children[0].dataset.v);
-    const heads = table.querySelectorAll("thead tr:last-child th");
-    const column = [...heads].findIndex(h => h.textContent.includes("bits/byte"));
-    heads[column].querySelector("button").click(); heads[column].querySelector("button").click();
-    const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg") &&
-      e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.className || e.tagName);
-    document.title = JSON.stringify({order: key(), sort: heads[column].getAttribute("aria-sort"), wide});
-    </script></body>"""
-    page.write_text(page.read_text().replace("</body>", probe))
-    command = [
-        str(BROWSER),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=500,900",
-        "--virtual-time-budget=2000",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r"<title>(\{.*?\})</title>", done.stdout)
-    assert found is not None, done.stderr[-500:]
-    result = json.loads(found[1])
-    assert result["sort"] == "ascending"
-    assert result["wide"] == []
-    assert result["order"][:2] == ["llava+connector=mlp", "llava+connector=linear"]
-    assert result["order"][-1] == "clip"  # it has no such value
-    assert "Refused to" not in done.stderr

@@ -1,50 +1,45 @@
-"""The report: one self-contained HTML page, with CSV and Markdown beside it."""
+"""The report: one self-contained HTML page, with CSV, Markdown and LaTeX beside it."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zoo.compare import charts
-from zoo.compare.leaderboard import Column, Leaderboard, Row, build_leaderboard
+from zoo.compare import characteristics_table, figures, models_section
+from zoo.compare.characteristics import Characteristics
+from zoo.compare.latex import to_latex
+from zoo.compare.leaderboard import Leaderboard, Row, build_leaderboard
+from zoo.compare.plotting import colour, compact, shape, standalone
 from zoo.compare.rundir import HASHES, Run, find_runs
 from zoo.compare.sweeps import find_sweeps, real_row, sweep_charts, sweep_heads, sweep_rows, sweeps_markdown
 from zoo.compare.tables import (
     COSTS,
     cell_text,
     cost_texts,
-    cost_values,
     difference_text,
+    differences_csv,
     duration,
     heading,
+    mark,
+    probability,
     short_labels,
+    significance,
     to_csv,
     to_markdown,
 )
 from zoo.errors import RunError
-from zoo.evaluation.naming import normalise
-
-MASK_ROW = re.compile(r"^(?P<head>.*?)\s*(?P<cells>[■·]{2,})$")
-PICTURE_LIMIT = 400_000
-"""Base64 characters of one sample picture; a larger one is left out, as a page must stay easy to send."""
-CURVE_KEYS = {"step", "samples", "tokens", "seconds", "stage", "lr", "loss", "epoch"}
 
 
 def make_report(
     paths: Iterable[Path | str], out: Path | str, baseline: str | None = None, now: datetime | None = None
 ) -> Path:
-    """Read the runs at or below ``paths`` and write ``report.html``, ``report.csv`` and ``report.md`` into ``out``;
-    where runs were evaluated with ``--sweep``, a chart a metric as well, ``report-TASK-METRIC-FIELD.svg``.
+    """Read the runs at or below ``paths`` and write the report into ``out``: see `write_report`.
 
     Args:
-        out: a folder, made if missing; or a path ending in ``.html``, whose name the other two share.
+        out: a folder, made if missing; or a path ending in ``.html``, whose name the other files share.
         baseline: name of the row that differences are taken to; see `build_leaderboard`.
         now: the date on the page.
 
@@ -60,19 +55,31 @@ def make_report(
 
 
 def write_report(board: Leaderboard, out: Path | str, command: str = "", now: datetime | None = None) -> Path:
-    """Write the three files of a leaderboard that is already built; see `make_report`."""
+    """Write the page and its tables: ``report.html``, ``report.csv`` (a line a run), ``report-differences.csv``,
+    ``report-characteristics.csv``, ``report.md`` and ``report.tex``; where runs were evaluated with ``--sweep``, a
+    chart a metric as well, ``report-TASK-METRIC-FIELD.svg``. Arguments and errors as `make_report`.
+    """
     page = Path(out)
     if page.suffix.lower() != ".html":
         page = page / "report.html"
+    facts = models_section.characteristics(board.rows)
+    sweeps = find_sweeps(board.rows)
+    series, labels = figures.colours(board.rows), short_labels(board.rows)
+    swept = [(s, sweep_charts(s, series, labels)) for s in sweeps]
+    described = f"\n## Models\n\n{characteristics_table.to_markdown(facts)}" if facts else ""
     texts = {
-        page: render(board, command, now or datetime.now(UTC)),
+        page: render(board, command, now or datetime.now(UTC), facts, swept),
         page.with_suffix(".csv"): to_csv(board),
-        page.with_suffix(".md"): to_markdown(board) + sweeps_markdown(sweeps := find_sweeps(board.rows)),
+        page.with_suffix(".md"): to_markdown(board) + sweeps_markdown(sweeps) + described,
+        page.with_suffix(".tex"): to_latex(board, facts),
+        page.with_name(f"{page.stem}-differences.csv"): differences_csv(board),
     }
-    for swept in sweeps:
-        for column, picture in sweep_charts(swept, _series(board.rows), short_labels(board.rows)):
-            name = f"{page.stem}-{swept.task}-{column.metric}-{swept.field}.svg"
-            texts[page.with_name(name)] = charts.standalone(picture)
+    if facts:
+        texts[page.with_name(f"{page.stem}-characteristics.csv")] = characteristics_table.to_csv(facts)
+    for one, pictures in swept:
+        for column, picture in pictures:
+            name = f"{page.stem}-{one.task}-{column.metric}-{one.field}.svg"
+            texts[page.with_name(name)] = standalone(picture)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
@@ -86,7 +93,13 @@ def write_report(board: Leaderboard, out: Path | str, command: str = "", now: da
     return page
 
 
-def render(board: Leaderboard, command: str, now: datetime) -> str:
+def render(
+    board: Leaderboard,
+    command: str,
+    now: datetime,
+    facts: Mapping[str, Characteristics],
+    swept: Sequence[tuple[Any, Sequence[tuple[Any, str]]]],
+) -> str:
     """Return the HTML page. Everything that comes from runs is escaped; the page loads nothing."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -99,11 +112,20 @@ def render(board: Leaderboard, command: str, now: datetime) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        colour=charts.colour, heading=heading, cell_text=cell_text, difference_text=difference_text
+        colour=colour,
+        shape=shape,
+        heading=heading,
+        cell_text=cell_text,
+        difference_text=difference_text,
+        significance=significance,
+        probability=probability,
+        mark=mark,
+        svg=Markup,  # the charts escape their own text
     )
-    series = _series(board.rows)
+    environment.filters["brief"] = lambda flag: str(flag).partition(" (")[0]
+    series = figures.colours(board.rows)
     labels = short_labels(board.rows)
-    svg = Markup  # the charts escape their own text
+    outputs, sampled = models_section.samples(board)
     context: dict[str, Any] = {
         "board": board,
         "title": _title(board),
@@ -111,26 +133,34 @@ def render(board: Leaderboard, command: str, now: datetime) -> str:
         "date": now.strftime("%Y-%m-%d %H:%M UTC"),
         "series": series,
         "labels": labels,
-        "cards": _cards(board, series),
+        "cards": _cards(board),
         "overview": [(task, [c for c in board.overview if c.task == task]) for task in board.tasks],
         "tasks": [(task, [c for c in board.columns if c.task == task]) for task in board.tasks],
         "cost_heads": COSTS,
-        "costs": {row.name: list(zip(cost_texts(row), cost_values(row), strict=True)) for row in board.rows},
-        "panels": [
-            (c, drawn) for c in board.primary if (drawn := [svg(s) for s in _panels(c, board, series, labels) if s])
-        ],
+        "costs": {
+            row.name: list(zip(cost_texts(row), (c.value(row) for c in COSTS), strict=True)) for row in board.rows
+        },
+        "panels": [(c, figures.trade_offs(c, board, facts, series, labels)) for c in board.primary],
+        "forests": [(c, *figures.differences(c, board, series, labels)) for c in board.primary],
         "sweeps": [
             (
-                swept,
-                sweep_heads(swept),
-                [*sweep_rows(swept), *([real] if (real := real_row(swept)) else [])],
-                [svg(picture) for _, picture in sweep_charts(swept, series, labels)],
+                one,
+                sweep_heads(one),
+                [*sweep_rows(one), *([real] if (real := real_row(one)) else [])],
+                [picture for _, picture in pictures],
             )
-            for swept in find_sweeps(board.rows)
+            for one, pictures in swept
         ],
-        "curves": [(name, svg(s)) for name, s in _curves(board, series, labels)],
-        "samples": _samples(board),
-        "models": [(row, _wiring(row), [(t, svg(m)) for t, m in _layouts(row)]) for row in board.rows],
+        "curves": figures.training(board, series, labels),
+        "samples": outputs,
+        "sampled": sampled,
+        "models": models_section.models(board, facts),
+        "facts_heads": list(zip(characteristics_table.HEADS, characteristics_table.HELP, strict=True)),
+        "facts_rows": characteristics_table.plain_rows(facts),
+        "facts_numbers": {
+            n: (c.parameters, "" if c.visual_tokens is None else c.visual_tokens) for n, c in facts.items()
+        },
+        "manifests": models_section.manifests(board),
         "hash_names": HASHES,
         "hashes": {row.name: _hashes(row) for row in board.rows},
         "licences": sorted(
@@ -147,12 +177,6 @@ def report_command(paths: Sequence[str], baseline: str | None) -> str:
     import shlex
 
     return shlex.join(["zoo", "report", *paths, *(["--baseline", baseline] if baseline else [])])
-
-
-def _series(rows: Sequence[Row]) -> dict[str, int]:
-    """Give every row its colour: controls are grey, the others count up."""
-    plain = [row.name for row in rows if not row.control]
-    return {row.name: charts.CONTROL if row.control else plain.index(row.name) for row in rows}
 
 
 def _title(board: Leaderboard) -> str:
@@ -177,7 +201,7 @@ def _conditions(board: Leaderboard) -> list[tuple[str, str]]:
     run = row.runs[0]
     data, budget, trainer = _config(run, "data"), _config(run, "budget"), _config(run, "trainer")
     batch = run.manifest.get("batch_size", run.config.get("batch_size"))
-    samples = run.number("samples")
+    samples = run.number("cost", "samples")
     tasks = _config(run, "evaluation").get("tasks")
     items = max((v for c in board.columns if (v := run.metrics.get(c.task, {}).get("images"))), default=None)
     stated = [
@@ -185,7 +209,7 @@ def _conditions(board: Leaderboard) -> list[tuple[str, str]]:
         ("Scale", str(run.manifest.get("scale") or "")),
         ("Budget", f"{budget.get('value')} {budget.get('unit')}" if budget else ""),
         ("Batch", str(batch or "")),
-        ("Samples seen", charts.compact(samples) if samples else ""),
+        ("Samples seen", compact(samples) if samples else ""),
         ("Precision", str(trainer.get("precision") or "")),
         ("Seeds", ", ".join(row.seeds)),
         (
@@ -197,7 +221,7 @@ def _conditions(board: Leaderboard) -> list[tuple[str, str]]:
     return [(name, text) for name, text in stated if text.strip()]
 
 
-def _cards(board: Leaderboard, series: Mapping[str, int]) -> list[dict[str, Any]]:
+def _cards(board: Leaderboard) -> list[dict[str, Any]]:
     """Say in one line a task which row is ahead, by the primary metric."""
     cards = []
     for column in board.primary:
@@ -216,155 +240,9 @@ def _cards(board: Leaderboard, series: Mapping[str, int]) -> list[dict[str, Any]
                 "against": cell.difference.baseline if cell.difference else "",
                 "alone": len(fit) == 1,
                 "count": len(fit),
-                "colour": charts.colour(series[best.name]),
             }
         )
     return cards
-
-
-def _panels(column: Column, board: Leaderboard, series: Mapping[str, int], labels: Mapping[str, str]) -> list[str]:
-    """Draw a metric against FLOPs, against parameters, and its differences to the baseline."""
-    rows = [row for row in board.rows if column.key in row.cells]
-    y_title = heading(column)
-    drawn = []
-    for keys, x_title in ((("flops", "total"), "training FLOPs"), (("parameters", "total"), "parameters")):
-        points = []
-        for row in rows:
-            x, cell = row.mean(*keys), row.cells[column.key]
-            if x is None:
-                continue
-            low, high = (cell.mean - cell.spread, cell.mean + cell.spread) if cell.spread is not None else (None, None)
-            points.append(
-                charts.Point(
-                    x=x,
-                    y=cell.mean,
-                    label=labels[row.name],
-                    series=series[row.name],
-                    low=low,
-                    high=high,
-                    hollow=bool(row.flags),
-                )
-            )
-        drawn.append(charts.scatter(points, x_title, y_title, column.text, f"{y_title} against {x_title}"))
-    bars = [
-        charts.Bar(label=labels[row.name], value=d.mean, low=d.low, high=d.high, series=series[row.name])
-        for row in rows
-        if (d := row.cells[column.key].difference) is not None
-    ]
-    against = labels.get(board.baselines.get(column.key, ""), "the baseline")
-    text = partial(column.text, signed=True)
-    drawn.append(
-        charts.forest(bars, f"difference to {against}, 95 % interval over items", text, f"{y_title}: differences")
-    )
-    return drawn
-
-
-def _curves(board: Leaderboard, series: Mapping[str, int], labels: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Draw one chart an objective; runs without a named objective show their loss."""
-    found: dict[str, list[charts.Line]] = {}
-    for row in board.rows:
-        for run in row.runs:
-            names = {
-                k for line in run.curve for k, v in line.items() if k not in CURVE_KEYS and isinstance(v, (int, float))
-            }
-            for name in sorted(names) or ["loss"]:
-                points = [
-                    (float(line.get("samples", line.get("step", 0))), float(line[name]))
-                    for line in run.curve
-                    if _number(line.get(name)) and _number(line.get("samples", line.get("step")))
-                ]
-                label = labels[row.name] + (f", seed {run.seed}" if len(row.runs) > 1 else "")
-                found.setdefault(name, []).append(charts.Line(points=points, label=label, series=series[row.name]))
-    drawn = [
-        (name, charts.lines(curves, "samples seen", name, f"{name} while training")) for name, curves in found.items()
-    ]
-    return [(name, picture) for name, picture in drawn if picture]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _samples(board: Leaderboard) -> list[dict[str, Any]]:
-    """Bring the outputs of all rows for one item together; the picture is that of a row that saw it."""
-    merged: dict[str, dict[str, Any]] = {}
-    for row in board.rows:
-        for sample in row.runs[0].samples:
-            item = merged.setdefault(
-                str(sample.get("id")), {"image": "", "reference": str(sample.get("reference", "")), "outputs": []}
-            )
-            picture = _picture(sample.get("image"))
-            if picture and not row.control and not item["image"]:  # a control's pictures are blank
-                item["image"] = picture
-            output = sample.get("output", "")
-            texts = [str(o) for o in output] if isinstance(output, list) else [str(output)]
-            shown = sample.get("outputs")
-            kinds = (
-                [v.get("kind") for v in shown.values() if isinstance(v, Mapping)] if isinstance(shown, Mapping) else []
-            )
-            right = bool(texts) and normalise(texts[0]) == normalise(item["reference"])
-            likelihood_only = kinds == ["likelihood"]
-            pictures = [
-                (str(v.get("text", item["reference"])), drawn)
-                for v in (shown.values() if isinstance(shown, Mapping) else ())
-                if isinstance(v, Mapping) and (drawn := _picture(v.get("picture")))
-            ]
-            item["outputs"].append(
-                {"row": row, "texts": texts, "right": right and not likelihood_only, "pictures": pictures}
-            )
-    return [{"id": key, **item} for key, item in merged.items()]
-
-
-def _picture(value: Any) -> str:
-    """Return base64 that is a PNG for certain, else nothing."""
-    if not isinstance(value, str) or len(value) > PICTURE_LIMIT:
-        return ""
-    try:
-        data = base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        return ""
-    return base64.b64encode(data).decode() if data.startswith(b"\x89PNG\r\n\x1a\n") else ""
-
-
-def _wiring(row: Row) -> list[dict[str, Any]]:
-    """Return the parts with their share of the parameters."""
-    parts = row.runs[0].manifest.get("parts")
-    rows = [p for p in parts if isinstance(p, Mapping)] if isinstance(parts, list) else []
-    counts = [float(p["parameters"]) if _number(p.get("parameters")) else 0.0 for p in rows]
-    most = max([*counts, 1.0])
-    return [
-        {
-            "path": str(p.get("path", "")),
-            "name": str(p.get("name", "")),
-            "parameters": charts.compact(n),
-            "after": not str(p.get("path", "")).endswith("encoder"),  # an encoder reads the data, not the part above it
-            "share": round(100 * n / most, 1),
-            "state": "no weights" if not n else "trained" if p.get("trained") else "frozen",
-        }
-        for p, n in zip(rows, counts, strict=True)
-    ]
-
-
-def _layouts(row: Row) -> list[tuple[str, str]]:
-    """Split the manifest's layout text into pieces of text, each with the picture of the mask that follows it, if
-    any.
-    """
-    pieces: list[tuple[str, str]] = []
-    text: list[str] = []
-    cells: list[str] = []
-    for line in [*str(row.runs[0].manifest.get("layout") or "").splitlines(), ""]:
-        found = MASK_ROW.match(line)
-        if found:
-            cells.append(found["cells"])
-            continue
-        if cells:
-            pieces.append(
-                ("\n".join(text).strip("\n"), charts.mask_picture(cells, f"what each token of {row.name} reads"))
-            )
-            text, cells = [], []
-        text.append(line)
-    rest = "\n".join(text).strip("\n")
-    return [*pieces, (rest, "")] if rest else pieces
 
 
 def _hashes(row: Row) -> dict[str, str]:
@@ -392,7 +270,7 @@ def _facts(board: Leaderboard) -> list[tuple[str, list[str]]]:
         git = run.manifest.get("git")
         if isinstance(git, Mapping) and git.get("commit"):
             commits.append(str(git["commit"])[:12] + (" with uncommitted changes" if git.get("dirty") else ""))
-    total = sum(v for run in runs if (v := run.number("seconds")) is not None)
+    total = sum(v for run in runs if (v := run.number("cost", "seconds", "training")) is not None)
     facts = [
         ("Commit", list(dict.fromkeys(commits))),
         ("Hardware", distinct("hardware")),

@@ -14,6 +14,7 @@ from typing import Any
 from zoo.compare import charts
 from zoo.compare.leaderboard import Column, Row
 from zoo.compare.tables import heading
+from zoo.compare.text_tables import markdown, md
 from zoo.evaluation.catalogue import METRICS, metric_info
 from zoo.evaluation.sweep import SWEEP_FILE
 
@@ -177,14 +178,12 @@ def sweeps_markdown(sweeps: Sequence[Swept]) -> str:
     """A table a task, real images as its last line."""
     parts = []
     for swept in sweeps:
-        lines = [sweep_heads(swept), ["---", *["---:"] * (len(sweep_heads(swept)) - 1)], *sweep_rows(swept)]
         real = real_row(swept)
-        lines += [real] if real else []
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        lines = [[md(cell) for cell in line] for line in (*sweep_rows(swept), *([real] if real else []))]
         note = (
-            "\n\n- ⚠ other conditions: data, split, evaluator or fields" if any(p.flagged for p in swept.points) else ""
+            "\n- ⚠ other conditions: data, split, evaluator or fields\n" if any(p.flagged for p in swept.points) else ""
         )
-        parts.append(f"\n## {swept.task} against {swept.field}\n\n{table}{note}\n")
+        parts.append(f"\n## {swept.task} against {swept.field}\n\n{markdown(sweep_heads(swept), lines)}{note}")
     return "".join(parts)
 
 

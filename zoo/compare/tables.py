@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from math import isnan
+from typing import TYPE_CHECKING, Any
 
-from zoo.compare.charts import compact
 from zoo.compare.leaderboard import Cell, Column, Leaderboard, Row
+from zoo.compare.plotting import compact
 from zoo.compare.rundir import HASHES
+from zoo.compare.statistics import Difference
+from zoo.compare.text_tables import csv_text, markdown, md
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def short_labels(rows: Sequence[Row]) -> dict[str, str]:
-    """Return name -> label for charts: the values that were changed without their fields, as long as that is unique."""
+    """Return name -> label for charts: the values that were changed, without their fields and without what all rows
+    changed alike, as long as that is unique."""
+    alike = set.intersection(*(set(row.name.split("+")[1:]) for row in rows)) if len(rows) > 1 else set()
 
     def label(row: Row) -> str:
         base, *changes = row.name.split("+")
-        changes = [c.partition("=")[2] or c for c in changes if not (row.control and c.startswith("data."))]
-        return " · ".join([*(["control"] if row.control else []), base, *changes])
+        kept = [c for c in changes if c not in alike and not (row.control and c.startswith("data."))]
+        values = [c.partition("=")[2] or c for c in kept]
+        return " · ".join([*(["control"] if row.control else []), base, *values])
 
     labels = {row.name: label(row) for row in rows}
     found = list(labels.values())
@@ -56,6 +61,50 @@ def difference_text(column: Column, cell: Cell) -> str:
     return f"{column.text(d.mean, True)} [{column.text(d.low, True)}, {column.text(d.high, True)}]"
 
 
+CLEAR, EXPLORATORY = "∗", "◦"
+
+
+def mark(difference: Difference) -> str:
+    """A star for a difference that is clear after correction, a ring for one that rests on one seed."""
+    return CLEAR if difference.clear else EXPLORATORY if difference.exploratory else ""
+
+
+def probability(p: float) -> str:
+    """Format a p value: three decimals, or that it is below the smallest of them."""
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def significance(column: Column, difference: Difference) -> str:
+    """What stands behind a difference, in a line: p values, what could have been found, seeds and items."""
+    d = difference
+    over = "interval over items only (one seed)" if d.exploratory else f"interval over {d.seeds} seeds and items"
+    detectable = "" if isnan(d.detectable) else f"; detectable at 80 % power: {column.text(d.detectable)}"
+    return (
+        f"to {d.baseline}: p {probability(d.p)}, {probability(d.p_adjusted)} after Holm over {d.family}{detectable};"
+        f" {over}, {d.items} items in {d.clusters} clusters"
+    )
+
+
+def flag_notes(board: Leaderboard) -> list[str]:
+    """Which rows are not comparable, and why."""
+    flagged = [row for row in board.rows if row.flags]
+    return [f"{row.name} is not comparable with {board.reference}: {'; '.join(row.flags)}" for row in flagged]
+
+
+def difference_notes(board: Leaderboard) -> list[str]:
+    """How to read the differences; nothing where there are none."""
+    found = [cell.difference for row in board.rows for cell in row.cells.values() if cell.difference is not None]
+    if not found:
+        return []
+    against = ", ".join(dict.fromkeys(d.baseline for d in found))
+    notes = [f"Differences are taken to {against}, item by item, with 95 % bootstrap intervals."]
+    if any(d.clear for d in found):
+        notes.append(f"{CLEAR} clear: p below 0.05 after Holm's correction over the rows of the column.")
+    if any(d.exploratory for d in found):
+        notes.append(f"{EXPLORATORY} exploratory: one seed, the interval is over items only.")
+    return notes
+
+
 def heading(column: Column) -> str:
     """Return a column's heading with its unit and direction."""
     arrow = {True: " ↑", False: " ↓", None: ""}[column.info.higher_is_better]
@@ -65,38 +114,53 @@ def heading(column: Column) -> str:
 GAP = 2
 """Characters between two columns in the terminal."""
 
-COSTS: tuple[tuple[str, str], ...] = (
-    ("trained", "trained parameters"),
-    ("total", "parameters"),
-    ("FLOPs", "training FLOPs"),
-    ("samples/s", "samples a second"),
-    ("time", "training time"),
-    ("memory", "peak memory"),
-)
 
+@dataclass(frozen=True)
+class Cost:
+    """A cost of training: short and long heading, the numbers of the manifest it is, its format, its name in CSV files.
 
-def cost_values(row: Row) -> list[float | None]:
-    """Return the costs of a row in the order of `COSTS`: means over seeds; the largest peak of memory."""
-    peaks = [v for run in row.runs if (v := run.number("peak_memory_bytes")) is not None]
-    return [
-        row.mean("parameters", "trainable"),
-        row.mean("parameters", "total"),
-        row.mean("flops", "total"),
-        row.mean("samples_per_second"),
-        row.mean("seconds"),
-        max(peaks, default=None),
-    ]
+    Attributes:
+        brief: shown in the terminal and in Markdown too.
+        peak: the largest of the seeds, not their mean.
+    """
 
+    head: str
+    long: str
+    keys: tuple[str, ...]
+    text: Callable[[float], str]
+    csv: str
+    brief: bool = True
+    peak: bool = False
 
-def cost_texts(row: Row) -> list[str]:
-    """Return the costs of a row as text; a dash for what was not recorded."""
-    formats: tuple[Callable[[float], str], ...] = (compact, compact, compact, throughput, duration, memory)
-    return ["–" if v is None else form(v) for form, v in zip(formats, cost_values(row), strict=True)]
+    def value(self, row: Row) -> float | None:
+        """Of a row: the mean over its seeds, or the largest."""
+        if not self.peak:
+            return row.mean(*self.keys)
+        return max((v for run in row.runs if (v := run.number(*self.keys)) is not None), default=None)
 
 
 def throughput(samples_per_second: float) -> str:
     """Return a rate as text: whole numbers from ten on, two digits below."""
     return f"{samples_per_second:.0f}" if samples_per_second >= 10 else f"{samples_per_second:.2g}"
+
+
+COSTS = (
+    Cost("trained", "trained parameters", ("parameters", "trainable"), compact, "trained_parameters"),
+    Cost("total", "parameters", ("parameters", "total"), compact, "parameters"),
+    Cost("FLOPs", "training FLOPs", ("cost", "flops", "total"), compact, "training_flops"),
+    Cost("steps", "optimizer steps", ("cost", "steps"), compact, "steps", brief=False),
+    Cost("samples", "samples seen", ("cost", "samples"), compact, "samples", brief=False),
+    Cost("tokens", "tokens seen", ("cost", "tokens", "total"), compact, "tokens", brief=False),
+    Cost("samples/s", "samples a second", ("cost", "samples_per_second"), throughput, "samples_per_second"),
+    Cost("time", "training time", ("cost", "seconds", "training"), duration, "seconds"),
+    Cost("memory", "peak memory", ("cost", "peak_memory_bytes"), memory, "peak_memory_bytes", peak=True),
+)
+BRIEF_COSTS = tuple(cost for cost in COSTS if cost.brief)
+
+
+def cost_texts(row: Row, costs: Sequence[Cost] = COSTS) -> list[str]:
+    """Return the costs of a row as text; a dash for what was not recorded."""
+    return ["–" if (v := cost.value(row)) is None else cost.text(v) for cost in costs]
 
 
 def print_leaderboard(board: Leaderboard, console: Console | None = None) -> None:
@@ -150,14 +214,13 @@ def print_leaderboard(board: Leaderboard, console: Console | None = None) -> Non
             pad_edge=False,
         )
         table.add_column("run", overflow="fold", min_width=min(24, widest))
-        for short, _ in COSTS:
-            table.add_column(short, justify="right")
+        for cost in BRIEF_COSTS:
+            table.add_column(cost.head, justify="right")
         for row in board.rows:
-            table.add_row(name(row), *cost_texts(row))
+            table.add_row(name(row), *cost_texts(row, BRIEF_COSTS))
         console.print(table)
-    for row in board.rows:
-        if row.flags:
-            console.print(Text(f"! {row.name} is not comparable with {board.reference}: {'; '.join(row.flags)}", "red"))
+    for note in flag_notes(board):
+        console.print(Text(f"! {note}", "red"))
     for run, why in board.unfinished:
         console.print(Text(f"! {run.name} (seed {run.seed}) is not in the table: {why}", "yellow"))
     for warning in board.warnings:
@@ -203,38 +266,39 @@ def _rich_cell(column: Column, cell: Cell | None) -> str:
 
 def to_csv(board: Leaderboard) -> str:
     """Return the table as CSV: one line a run (not a row), full precision, hashes and flags."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     metrics = [f"{c.task}/{c.metric}" for c in board.columns]
-    costs = ["trained_parameters", "parameters", "training_flops", "samples_per_second", "seconds", "peak_memory_bytes"]
-    names = ["name", "seed", "control", "comparable", "flags", *metrics, *costs, *(f"hash_{h}" for h in HASHES)]
-    writer.writerow([*names, "run"])
-    paths = (
-        ("parameters", "trainable"),
-        ("parameters", "total"),
-        ("flops", "total"),
-        ("samples_per_second",),
-        ("seconds",),
-        ("peak_memory_bytes",),
-    )
+    heads = ["name", "seed", "control", "comparable", "flags", *metrics, *(cost.csv for cost in COSTS)]
+    lines: list[list[Any]] = []
     for row in board.rows:
         for run in row.runs:
-            values = [run.metrics.get(c.task, {}).get(c.metric, "") for c in board.columns]
-            numbers = ["" if (v := run.number(*path)) is None else v for path in paths]
-            hashes = [run.hashes.get(h, "") for h in HASHES]
+            values = [run.metrics.get(c.task, {}).get(c.metric) for c in board.columns]
+            numbers = [run.number(*cost.keys) for cost in COSTS]
+            hashes = [run.hashes.get(h) for h in HASHES]
             start = [row.name, run.seed, int(row.control), int(row.comparable), "; ".join(row.flags)]
-            writer.writerow([*start, *values, *numbers, *hashes, str(run.path)])
-    return buffer.getvalue()
+            lines.append([*start, *values, *numbers, *hashes, str(run.path)])
+    return csv_text([*heads, *(f"hash_{h}" for h in HASHES), "run"], lines)
+
+
+def differences_csv(board: Leaderboard) -> str:
+    """Return every difference to a baseline as CSV, in full precision and in the units of the metric."""
+    fields = ("mean", "low", "high", "p", "p_adjusted", "family", "detectable", "items", "clusters", "seeds")
+    lines: list[list[Any]] = []
+    for row in board.rows:
+        for column in board.columns:
+            found = row.cells.get(column.key)
+            if found is not None and found.difference is not None:
+                d = found.difference
+                numbers = ["" if isinstance(v := getattr(d, name), float) and isnan(v) else v for name in fields]
+                marks = [int(d.exploratory), int(d.clear)]
+                lines.append([row.name, column.task, column.metric, d.baseline, *numbers, *marks])
+    heads = ["name", "task", "metric", "baseline", *fields, "exploratory", "clear"]
+    return csv_text(heads, lines)
 
 
 def to_markdown(board: Leaderboard) -> str:
     """Return the table as Markdown: one line a row, differences to the baseline beneath the values."""
-
-    def escape(text: str) -> str:
-        return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-    head = ["run", "seeds", *(heading(c) for c in board.columns), *(long for _, long in COSTS)]
-    out = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    heads = ["run", "seeds", *(heading(c) for c in board.columns), *(cost.long for cost in BRIEF_COSTS)]
+    lines = []
     for row in board.rows:
         cells = []
         for column in board.columns:
@@ -243,20 +307,11 @@ def to_markdown(board: Leaderboard) -> str:
             if cell is not None and cell.best:
                 text = f"**{text}**"
             if cell is not None and cell.difference is not None:
-                text += f"<br>{difference_text(column, cell)}"
+                text += f"<br>{difference_text(column, cell)}{mark(cell.difference)}"
             cells.append(text)
         marks = (" (control)" if row.control else "") + (" ⚠" if row.flags else "")
-        out.append("| " + " | ".join([escape(row.name) + marks, str(len(row.runs)), *cells, *cost_texts(row)]) + " |")
-    notes = [
-        f"⚠ {row.name} is not comparable with {board.reference}: {'; '.join(row.flags)}"
-        for row in board.rows
-        if row.flags
-    ]
+        lines.append([md(row.name) + marks, str(len(row.runs)), *cells, *cost_texts(row, BRIEF_COSTS)])
+    notes = [f"⚠ {text}" for text in flag_notes(board)]
     notes += [f"{run.name} (seed {run.seed}) is not in the table: {why}" for run, why in board.unfinished]
-    notes += list(board.warnings)
-    against = set(board.baselines.values())
-    if against:
-        notes.append(
-            f"Differences are taken to {', '.join(sorted(against))}: 95 % paired bootstrap intervals over items."
-        )
-    return "\n".join([*out, "", *(f"- {escape(note)}" for note in notes)]) + "\n"
+    notes += [*board.warnings, *difference_notes(board)]
+    return markdown(heads, lines) + "\n" + "".join(f"- {md(note)}\n" for note in notes)
