@@ -35,7 +35,7 @@ JUDGE = "outputs/clip+stages=joint/seed=0-c663ac55"
 )
 def test_sweeps_and_names(experiment: str, names: set[str]) -> None:
     written = [f"experiment={experiment}", "scale=tiny", "seed=0", f"evaluation.tasks.text-to-image.evaluator={JUDGE}"]
-    (command,) = read_experiment(written).commands(written)
+    (command,) = read_experiment(written).commands([*written, "init=outputs/kl-tokenizer/seed=0-1"])
     jobs = [run_config(job) for job in expand(prepare(command))]
     assert {job.recipe.name for job in jobs} == names
     assert len(jobs) == len(names)
@@ -50,6 +50,7 @@ def test_sweeps_and_names(experiment: str, names: set[str]) -> None:
 
 def test_paths_of_runs_are_quoted() -> None:
     written = [f"evaluation.tasks.scene-check.evaluator={JUDGE}", "init=outputs/kl/seed=0-1", "data.name=x=y"]
+    assert with_quotes(["init=null"]) == ["init=null"]
     assert with_quotes(written) == [
         f"evaluation.tasks.scene-check.evaluator='{JUDGE}'", "init='outputs/kl/seed=0-1'", "data.name=x=y",
     ]  # fmt: skip

@@ -110,7 +110,7 @@ def with_quotes(overrides: Sequence[str]) -> list[str]:
         is_path = key.lstrip("+") == "init" or (
             key.lstrip("+").startswith("evaluation.") and key.endswith(".evaluator")
         )
-        if not is_path or not value or value[0] in "'\"":
+        if not is_path or not value or value[0] in "'\"" or value == "null":
             return text
         return f"{key}=" + ",".join(f"'{path}'" for path in value.split(","))
 
