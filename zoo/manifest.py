@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.compare import record
+from zoo.compare.characteristics import of_module
 from zoo.compare.flops import Flops, count_recipe
 from zoo.errors import RunError
 from zoo.run_config import RunConfig, digest
@@ -98,6 +99,7 @@ def start_manifest(config: RunConfig, module: ZooModule, source: Source, plan: P
         "hardware": record.hardware(),
         "licence": source.licence,
         "parts": parts,
+        "characteristics": of_module(module).to_plain(),
         "parameters": {
             "total": sum(p.numel() for name, p in module.named_parameters() if not name.startswith("objectives.")),
             "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
