@@ -18,6 +18,7 @@ from zoo.compare.flops import count_recipe
 from zoo.compare.rundir import Run
 from zoo.curve import Curve, Meter, read_lines
 from zoo.errors import ConfigError
+from zoo.manifest import start_manifest
 from zoo.module import schedule
 from zoo.positions import positions, tokens_of_image
 from zoo.recipe import OptimizerConfig
@@ -127,6 +128,19 @@ def test_equal_numbers_are_equal_budgets() -> None:
         run_config([*CLIP, "budget=flops", "budget.value=2000000000"]).hash()
     )
     assert sorted(UNITS) == sorted({"steps", "samples", "tokens", "flops", "seconds"})
+
+
+def test_variants_of_an_equal_budget_share_their_conditions_whatever_they_take() -> None:
+    found = []
+    for depth in (2, 5):
+        config = run_config([*CLIP, f"encoder.depth={depth}", "budget=flops", "budget.value=2e9"])
+        source, module = open_source(config), build_module(config.recipe, 0)
+        steps = plan(config)
+        manifest = start_manifest(config, module, source, steps)
+        found.append((steps.total, {key: manifest["hashes"][key] for key in ("data", "order", "budget")}))
+        assert manifest["plan"]["steps"] == list(steps.steps)
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1]
 
 
 # -- positions -----------------------------------------------------------------------------------------------------
