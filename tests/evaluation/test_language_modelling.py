@@ -111,3 +111,25 @@ def test_rows_of_text_alone_are_those_of_training() -> None:
 def test_models_that_need_an_image_do_not_offer_it() -> None:
     assert not isinstance(zoo.build("blip2-flan-t5", scale="tiny").model, ScorePlainText)
     assert not isinstance(zoo.build("coca", scale="tiny").model, ScorePlainText)
+
+
+def test_the_contract_of_plugins_covers_it() -> None:
+    from PIL import Image
+
+    from zoo.evaluation.contract import check_capabilities
+
+    images = [Image.new("RGB", (4, 4))] * len(TEXTS)
+    assert check_capabilities(Counts(), images, TEXTS) == ("score_plain_text",)
+
+    class ByBatch(Counts):
+        def score_plain_text(self, texts: Sequence[str]) -> Tensor:
+            return super().score_plain_text(texts) / len(texts)
+
+    class Likely(Counts):
+        def score_plain_text(self, texts: Sequence[str]) -> Tensor:
+            return -super().score_plain_text(texts)
+
+    with pytest.raises(AssertionError, match="score_plain_text depends on the batch"):
+        check_capabilities(ByBatch(), images, TEXTS)
+    with pytest.raises(AssertionError, match="above nought"):
+        check_capabilities(Likely(), images, TEXTS)
