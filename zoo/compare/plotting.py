@@ -37,7 +37,11 @@ LIGHT = {
     "--control": "#6b7480",
 }  # fmt: skip
 """The page's colours by day, for charts that stand alone."""
-STAND_IN = {name: f"#a1b2{0xC0 + n:02x}" for n, name in enumerate(LIGHT)}
+STAND_IN = {
+    "--card": "#a1b2c0", "--ink": "#a1b2c1", "--soft": "#a1b2c2", "--grid": "#a1b2c3",
+    "--s0": "#a1b2c4", "--s1": "#a1b2c5", "--s2": "#a1b2c6", "--s3": "#a1b2c7",
+    "--s4": "#a1b2c8", "--s5": "#a1b2c9", "--s6": "#a1b2ca", "--control": "#a1b2cb",
+}  # fmt: skip
 """What matplotlib is told; no other colour is used."""
 RC: dict[str, Any] = {
     "svg.fonttype": "none",

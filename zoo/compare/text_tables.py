@@ -16,12 +16,12 @@ ASCII = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
 }  # fmt: skip
-_LATEX = str.maketrans({**ASCII, **UNICODE, "\n": " ", "\r": " "})
 
 
 def tex(text: str) -> str:
     """Escape text for LaTeX: its special characters, and the signs that the zoo's tables use."""
-    return text.translate(_LATEX)
+    signs = {**ASCII, **UNICODE, "\n": " ", "\r": " "}
+    return "".join(signs.get(character, character) for character in text)
 
 
 def md(text: str) -> str:
