@@ -37,7 +37,9 @@ def test_sweeps_and_names(experiment: str, names: set[str]) -> None:
     written = [f"experiment={experiment}", "scale=tiny", "seed=0", f"evaluation.tasks.text-to-image.evaluator={JUDGE}"]
     (command,) = read_experiment(written).commands([*written, "init=outputs/kl-tokenizer/seed=0-1"])
     jobs = [run_config(job) for job in expand(prepare(command))]
-    assert {job.recipe.name for job in jobs} == names
+    shared = ("+objective.diffusion.prediction=v_prediction", "+optimizer.lr=0.003")
+    assert all(part in job.recipe.name for job in jobs for part in shared)
+    assert {"".join(job.recipe.name.replace(shared[0], "").split(shared[1])) for job in jobs} == names
     assert len(jobs) == len(names)
     for job in jobs:
         assert job.evaluation.tasks["text-to-image"]["evaluator"] == JUDGE
