@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 400, 290
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
+MARGIN = 30
+"""Further units at the right of a chart that stands alone."""
 SERIES = 7
 """Number of colours; beyond it colours repeat with another marker and dash."""
 CONTROL = -1
@@ -134,14 +136,16 @@ def _rounded(text: str) -> str:
 
 
 def standalone(svg: str) -> str:
-    """A chart as a file of its own: the page's light colours, a white ground, and its size in pixels."""
+    """A chart as a file of its own: the page's light colours, a white ground, its size in pixels, and room at the right
+    for labels that another font makes wider."""
     for name, value in LIGHT.items():
         svg = svg.replace(f"var({name})", value)
     found = re.match(r'<svg class="\w+" viewBox="0 0 (\S+) (\S+)"', svg)
     assert found is not None
+    svg = svg.replace(f'viewBox="0 0 {found[1]}', f'viewBox="0 0 {float(found[1]) + MARGIN:g}', 1)
     size = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        f' width="{2 * float(found[1]):g}" height="{2 * float(found[2]):g}"'
+        f' width="{2 * (float(found[1]) + MARGIN):g}" height="{2 * float(found[2]):g}"'
         ' style="font-family:system-ui,sans-serif;background:#fff"'
     )
     return svg.replace("<svg", size, 1) + "\n"
