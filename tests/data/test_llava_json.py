@@ -138,7 +138,7 @@ def test_files_that_cannot_be_used(root: Path) -> None:
         LlavaJsonConfig().open(None)
     with pytest.raises(DataError, match="does not exist"):
         LlavaJsonConfig(file=str(root / "none.json")).open(None)
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match=r"the image folder .* does not exist"):
         make(root, [row("x")], root=str(root / "none"))
     with pytest.raises(ConfigError, match=r"set data\.root"):
         make(root, [row("x")], root="")

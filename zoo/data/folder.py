@@ -8,14 +8,13 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar
 
 from zoo.data.decode import decode
-from zoo.data.sample import SPLITS, BadSample, BadSamples, Sample, SourceConfig, check_split, stable_hash
+from zoo.data.image_files import EXTENSIONS, ImageFolder, check_fractions, near_path, split_of
+from zoo.data.sample import SPLITS, BadSample, BadSamples, Sample, SourceConfig, check_split
 from zoo.errors import ConfigError, DataError, near
-
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +66,12 @@ class Folder:
     def __init__(self, config: FolderConfig) -> None:
         if not config.root:
             raise ConfigError("the folder source needs root, the folder that holds the images: data.root=PATH")
-        if min(config.val_fraction, config.test_fraction) < 0 or config.val_fraction + config.test_fraction >= 1:
-            raise ConfigError(
-                f"val_fraction={config.val_fraction} and test_fraction={config.test_fraction} must not be negative "
-                "and must leave something to train on"
-            )
+        check_fractions(config.val_fraction, config.test_fraction)
         self.config = config
         self.max_bad = config.max_bad
         self.licence = "as given by the owner of the images"
-        self.root = Path(config.root).expanduser()
-        if not self.root.is_dir():
-            what = "is not a folder" if self.root.exists() else "does not exist"
-            raise DataError(f"the image folder {str(self.root)!r} {what}{_near_path(self.root)}; set data.root")
-        self.root = self.root.resolve()
+        self.folder = ImageFolder(config.root)
+        self.root = self.folder.root
         self.bad = BadSamples(f"folder {self.root.name}", config.max_bad)
         self._items = self._from_captions(config.captions) if config.captions else self._from_names()
         if not self._items:
@@ -96,7 +88,7 @@ class Folder:
                 path = Path(folder) / name
                 if path.suffix.lower() in EXTENSIONS and not name.startswith("."):
                     id = path.relative_to(self.root).as_posix()
-                    self._inside(id)
+                    self.folder.inside(id)
                     items[id] = _Item(path, [path.stem.replace("_", " ").replace("-", " ").strip()])
         if not items:
             raise DataError(
@@ -107,9 +99,9 @@ class Folder:
 
     def _from_captions(self, captions: str) -> dict[str, _Item]:
         config = self.config
-        path = self._inside(captions)
+        path = self.folder.inside(captions)
         if not path.is_file():
-            raise DataError(f"the captions file {captions!r} is not in {str(self.root)!r}{_near_path(path)}")
+            raise DataError(f"the captions file {captions!r} is not in {str(self.root)!r}{near_path(path)}")
         needed = [config.image_column, config.text_column, config.id_column, config.split_column]
         items: dict[str, _Item] = {}
         rows = 0
@@ -144,7 +136,7 @@ class Folder:
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise BadSample("", f"{config.text_column} must be a text or a list of texts, not {text!r}")
-        path = self._inside(image)
+        path = self.folder.inside(image)
         if not path.is_file():
             raise BadSample("", f"the image {image!r} is missing")
         split = None
@@ -155,29 +147,12 @@ class Folder:
         id = image if config.id_column is None else str(row.get(config.id_column))
         return id, _Item(path, [t.strip() for t in texts], split)
 
-    def _inside(self, path: str) -> Path:
-        """Return the absolute path, refusing what leads out of the folder: the rows may come from someone else."""
-        pure = PurePosixPath(path.replace("\\", "/"))
-        if pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
-            raise DataError(f"the path {path!r} is refused: paths must be relative to {str(self.root)!r}, without '..'")
-        whole = self.root / pure
-        if not whole.resolve().is_relative_to(self.root):
-            raise DataError(f"the path {path!r} is refused: it is a link that leads out of {str(self.root)!r}")
-        return whole
-
     def _split(self) -> dict[str, list[str]]:
         config = self.config
         splits: dict[str, list[str]] = {split: [] for split in SPLITS}
         for id, item in self._items.items():
             if item.split is None:
-                place = stable_hash("folder", id) / 2**64
-                item.split = (
-                    "test"
-                    if place < config.test_fraction
-                    else "val"
-                    if place < config.test_fraction + config.val_fraction
-                    else "train"
-                )
+                item.split = split_of(("folder", id), config.val_fraction, config.test_fraction)
             splits[item.split].append(id)
         return splits
 
@@ -214,8 +189,7 @@ class Folder:
 
     def image_stamp(self, id: str) -> str:
         """Return the state of the image's file, which changes when the file does: size and time of change."""
-        state = self._items[id].path.stat()
-        return f"{state.st_size}/{state.st_mtime_ns}"
+        return self.folder.stamp([self._items[id].path.relative_to(self.root).as_posix()])
 
 
 def _rows(path: Path, bad: BadSamples) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -247,10 +221,3 @@ def _rows(path: Path, bad: BadSamples) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, value
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"the captions file {path.name!r} cannot be read: {error}; expected UTF-8 text") from None
-
-
-def _near_path(path: Path) -> str:
-    try:
-        return near(path.name, [p.name for p in path.parent.iterdir()][:1000])
-    except OSError:
-        return ""

@@ -7,11 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar
 
 from zoo.data.decode import decode
-from zoo.data.sample import SPLITS, BadSample, BadSamples, Sample, SourceConfig, check_split, stable_hash
+from zoo.data.image_files import ImageFolder, check_fractions, near_path, split_of
+from zoo.data.sample import SPLITS, BadSample, BadSamples, Sample, SourceConfig, check_split
 from zoo.errors import ConfigError, DataError, near
 
 PLACE = "<image>"
@@ -64,19 +65,15 @@ class LlavaJson:
     def __init__(self, config: LlavaJsonConfig) -> None:
         if not config.file:
             raise ConfigError("the llava-json source needs file, the .json or .jsonl of conversations: data.file=PATH")
-        if min(config.val_fraction, config.test_fraction) < 0 or config.val_fraction + config.test_fraction >= 1:
-            raise ConfigError(
-                f"val_fraction={config.val_fraction} and test_fraction={config.test_fraction} must not be negative "
-                "and must leave something to train on"
-            )
+        check_fractions(config.val_fraction, config.test_fraction)
         self.config = config
         self.max_bad = config.max_bad
         self.file = Path(config.file).expanduser()
         if not self.file.is_file():
-            raise DataError(f"the conversations file {str(self.file)!r} does not exist; set data.file")
-        self.root = Path(config.root).expanduser().resolve() if config.root else None
-        if self.root is not None and not self.root.is_dir():
-            raise DataError(f"the image folder {config.root!r} is not a folder; set data.root")
+            raise DataError(
+                f"the conversations file {str(self.file)!r} does not exist{near_path(self.file)}; set data.file"
+            )
+        self.folder = ImageFolder(config.root) if config.root else None
         self.bad = BadSamples(f"llava-json {self.file.name}", config.max_bad)
         self._rows = self._read()
         if not self._rows:
@@ -160,22 +157,12 @@ class LlavaJson:
         return _Row(tuple(images), turns)
 
     def _inside(self, path: str) -> Path:
-        """Return the absolute path, refusing what leads out of the folder: the rows may come from someone else."""
-        if self.root is None:
+        if self.folder is None:
             raise ConfigError("rows of the llava-json source name images: set data.root, the folder that holds them")
-        pure = PurePosixPath(path.replace("\\", "/"))
-        if pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
-            raise DataError(f"the path {path!r} is refused: paths must be relative to {str(self.root)!r}, without '..'")
-        whole = self.root / pure
-        if not whole.resolve().is_relative_to(self.root):
-            raise DataError(f"the path {path!r} is refused: it is a link that leads out of {str(self.root)!r}")
-        return whole
+        return self.folder.inside(path)
 
     def _split(self, key: str) -> str:
-        place = stable_hash("llava-json", key) / 2**64
-        if place < self.config.test_fraction:
-            return "test"
-        return "val" if place < self.config.test_fraction + self.config.val_fraction else "train"
+        return split_of(("llava-json", key), self.config.val_fraction, self.config.test_fraction)
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
@@ -205,8 +192,7 @@ class LlavaJson:
 
     def image_stamp(self, id: str) -> str:
         """Return the state of the files of a row's images, which changes when they do: sizes and times of change."""
-        states = [self._inside(path).stat() for path in self._rows[id].images]
-        return ",".join(f"{state.st_size}/{state.st_mtime_ns}" for state in states)
+        return self.folder.stamp(self._rows[id].images) if self.folder else ""
 
 
 def _turns(value: Any) -> tuple[tuple[str, str], ...]:

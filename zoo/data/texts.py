@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from zoo.data.sample import SPLITS, BadSamples, Sample, SourceConfig, check_split, stable_hash
+from zoo.data.image_files import check_fractions, near_path, split_of
+from zoo.data.sample import SPLITS, BadSamples, Sample, SourceConfig, check_split
 from zoo.errors import ConfigError, DataError, near
 
 ENDINGS = (".jsonl", ".txt")
@@ -51,17 +52,12 @@ class Texts:
     def __init__(self, config: TextsConfig) -> None:
         if not config.root:
             raise ConfigError("the texts source needs root, a file or a folder of texts: data.root=PATH")
-        if min(config.val_fraction, config.test_fraction) < 0 or config.val_fraction + config.test_fraction >= 1:
-            raise ConfigError(
-                f"val_fraction={config.val_fraction} and test_fraction={config.test_fraction} must not be negative "
-                "and must leave something to train on"
-            )
+        check_fractions(config.val_fraction, config.test_fraction)
         self.config = config
         self.max_bad = config.max_bad
         root = Path(config.root).expanduser()
         if not root.exists():
-            there = [p.name for p in root.parent.iterdir()][:1000] if root.parent.is_dir() else []
-            raise DataError(f"the texts {str(root)!r} do not exist{near(root.name, there)}; set data.root")
+            raise DataError(f"the texts {str(root)!r} do not exist{near_path(root)}; set data.root")
         self.bad = BadSamples(f"texts {root.name}", config.max_bad)
         files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in ENDINGS)
         if not files or files[0].suffix.lower() not in ENDINGS:
@@ -76,9 +72,7 @@ class Texts:
         self._splits: dict[str, list[str]] = {split: [] for split in SPLITS}
         digest = hashlib.sha256()
         for id, texts in self._texts.items():
-            place = stable_hash("texts", *texts) / 2**64
-            held = "test" if place < config.test_fraction else "val"
-            self._splits[held if place < config.test_fraction + config.val_fraction else "train"].append(id)
+            self._splits[split_of(("texts", *texts), config.val_fraction, config.test_fraction)].append(id)
             digest.update(json.dumps([id, texts]).encode())
         self.version = f"{config.val_fraction}/{config.test_fraction}/{digest.hexdigest()[:16]}"
 
