@@ -14,6 +14,7 @@ from zoo.builtin_image_tokenizers import DISCRETE_TOKENIZERS
 from zoo.builtin_language import LANGUAGE
 from zoo.builtin_latents import LATENTS
 from zoo.builtin_llamagen import LLAMAGEN
+from zoo.builtin_public_data import PUBLIC_DATA
 from zoo.builtin_scenes import SCENES
 from zoo.builtin_t5 import T5
 from zoo.builtin_tasks import EVALUATIONS
@@ -464,4 +465,6 @@ WIRED = (
     *UNIFIED,
 )
 
-PLUGIN = Plugin(name="zoo", components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *TASKS, *DRAWING, *SCENES, *EVALUATIONS))
+PLUGIN = Plugin(
+    name="zoo", components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *PUBLIC_DATA, *TASKS, *DRAWING, *SCENES, *EVALUATIONS)
+)

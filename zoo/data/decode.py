@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def decode(path: Path, id: str, max_pixels: int) -> Image.Image:
-    """Read an image as RGB, refusing a decompression bomb by the size in its header.
+def decode(file: Path | BytesIO, id: str, max_pixels: int) -> Image.Image:
+    """Read an image as RGB, from its file or its bytes, refusing a decompression bomb by the size in its header.
 
     Raises:
         BadSample: the file is no image, is cut short, or has more than ``max_pixels`` pixels.
@@ -20,7 +21,7 @@ def decode(path: Path, id: str, max_pixels: int) -> Image.Image:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.width * image.height > max_pixels:
                 raise BadSample(
                     id, f"{image.width}x{image.height} pixels are more than max_pixels={max_pixels}; refused"
@@ -31,4 +32,7 @@ def decode(path: Path, id: str, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadSample(id, f"refused: {error}") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise on damaged files
-        raise BadSample(id, f"the image cannot be read ({error})".replace(str(path), path.name)) from None
+        reason = f"the image cannot be read ({error})"
+        if isinstance(file, Path):
+            reason = reason.replace(str(file), file.name)
+        raise BadSample(id, reason) from None

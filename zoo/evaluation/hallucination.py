@@ -118,11 +118,23 @@ class ObjectCounts:
 
 @dataclass(frozen=True, slots=True)
 class Polled:
-    """One question about an image: an object, whether it is there, and the strategies in whose sets it is."""
+    """One question about an image: an object, whether it is there, and the strategies in whose sets it is, each as
+    often as its set has the question. ``question`` is the source's own wording, if it has one."""
 
     object: str
     there: bool
     strategies: tuple[str, ...]
+    question: str = ""
+
+
+def released_of(sample: SampleLike) -> list[Polled]:
+    """The questions that a source brings itself: those of ``meta["questions"]`` that say in which ``settings`` (random,
+    popular, adversarial) they stand (data=pope)."""
+    return [
+        Polled("", str(q["answer"]) == "yes", tuple(q["settings"]), str(q["question"]))
+        for q in sample.meta.get("questions") or ()
+        if q.get("settings")
+    ]
 
 
 def poll(item: str, names: Sequence[str], counts: ObjectCounts, pairs: int) -> list[Polled]:
@@ -171,7 +183,8 @@ class Pope(Task):
     """Accuracy, precision, recall, F1 and the share of yes, over the three sets together and for each of them.
 
     Half of every set are objects that are there. "Yes" is the positive answer. How often objects are shown, and shown
-    together, is counted over the whole split.
+    together, is counted over the whole split. A source that brings POPE's own questions (data=pope) is asked these, all
+    of them and as they are written; ``pairs`` and ``question`` have no part in it.
     """
 
     name = "pope"
@@ -184,11 +197,14 @@ class Pope(Task):
     def run(self, model: Any, source: SourceLike, split: str, progress: Progress | None = None) -> TaskResult:
         config = self.config
         ids = choose_ids(source, split, config.items)
-        counts = ObjectCounts.of(objects_of(sample) for sample in text_samples(source, source.ids(split)))
-        if len(counts.shown) < 2:
+        released = any(released_of(sample) for sample in text_samples(source, ids[:1]))
+        named = () if released else text_samples(source, source.ids(split))
+        counts = ObjectCounts.of(objects_of(sample) for sample in named)
+        if not released and len(counts.shown) < 2:
             raise DataError(
                 f"{self.name}: the {split} split of {source.name} names {len(counts.shown)} objects in"
-                " meta['objects'], and at least 2 are needed; use data=openmoji-scenes, or leave the task out"
+                " meta['objects'], and at least 2 are needed; use data=openmoji-scenes or data=pope, or leave"
+                " the task out"
             )
         read = read_released if config.parse == "released" else read_first
         collections = {key: _collection() for key in ("", *STRATEGIES)}
@@ -197,7 +213,7 @@ class Pope(Task):
         shown = set(sample_ids(ids))
         for part in self._batches(source, ids, counts, progress):
             images = [sample.image for sample, _, _ in part]
-            questions = [self._question(polled.object) for _, _, polled in part]
+            questions = [polled.question or self._question(polled.object) for _, _, polled in part]
             prompts = [config.prompt.replace("{question}", question) for question in questions]
             answers = model.generate_text(images, prompts, max_new_tokens=config.max_new_tokens)
             for (sample, number, polled), question, answer in zip(part, questions, answers, strict=True):
@@ -210,6 +226,8 @@ class Pope(Task):
             raise DataError(f"{self.name}: no chosen image of {source.name} names an object that can be asked for")
         metrics: dict[str, float] = {}
         for strategy, collection in collections.items():
+            if not any(row[f"asked_{strategy}" if strategy else "asked"] for row in items):
+                continue  # a source may bring one of the three sets
             _add(collection, items, strategy)
             suffix = f"_{strategy}" if strategy else ""
             metrics |= {f"{name}{suffix}": float(value) for name, value in collection.compute().items()}
@@ -237,7 +255,7 @@ class Pope(Task):
         size, waiting = self.config.batch_size, list[tuple[SampleLike, int, Polled]]()
         for samples in batches(self.name, source, ids, 16, progress):
             for sample in samples:
-                polled = poll(sample.id, objects_of(sample), counts, self.config.pairs)
+                polled = released_of(sample) or poll(sample.id, objects_of(sample), counts, self.config.pairs)
                 waiting += [(sample, number, one) for number, one in enumerate(polled)]
             while len(waiting) >= size:
                 yield waiting[:size]
@@ -261,7 +279,7 @@ def _row(sample: SampleLike, number: int, polled: Polled, question: str, answer:
     both = yes and polled.there
     for suffix, times in (
         ("", len(polled.strategies)),
-        *((f"_{s}", int(s in polled.strategies)) for s in STRATEGIES),
+        *((f"_{s}", polled.strategies.count(s)) for s in STRATEGIES),
     ):
         row |= {
             f"asked{suffix}": float(times),

@@ -72,13 +72,16 @@ class Asked:
     answers: tuple[str, ...]
     kind: str
     strategy: str
+    type: str
+    """Type of answer, where the source says it (VQAv2 sorts its questions itself)."""
 
 
 def asked_of(sample: SampleLike) -> list[Asked]:
     """Return the questions that can each be asked alone.
 
-    They are ``meta["questions"]`` (dictionaries with question, answer or several answers, kind, strategy) where the
-    source gives them; else the first of ``meta["turns"]``, as the later turns of a dialogue may lean on it.
+    They are ``meta["questions"]`` where the source gives them: dictionaries with question, answer or several answers,
+    and where they are known kind, strategy, id and type of answer. Else they are the first of ``meta["turns"]``, as the
+    later turns of a dialogue may lean on it.
     """
     given: Sequence[Mapping[str, Any]] = sample.meta.get("questions") or [
         {"question": question, "answer": answer} for question, answer in list(sample.meta.get("turns") or ())[:1]
@@ -88,8 +91,9 @@ def asked_of(sample: SampleLike) -> list[Asked]:
         answers = tuple(map(str, question.get("answers") or (question["answer"],)))
         text = str(question["question"]).replace("<image>", "").strip()
         kind, strategy = str(question.get("kind") or ""), str(question.get("strategy") or "")
-        item = sample.id if len(given) == 1 else f"{sample.id}/{n}"
-        out.append(Asked(item, sample.id, cluster_of(sample), sample.image, text, answers, kind, strategy))
+        own = sample.id if len(given) == 1 else f"{sample.id}/{n}"
+        item, type = str(question.get("id") or own), str(question.get("type") or "")
+        out.append(Asked(item, sample.id, cluster_of(sample), sample.image, text, answers, kind, strategy, type))
     return out
 
 
@@ -123,7 +127,7 @@ class QuestionAnswering(Task):
         if not items:
             raise DataError(
                 f"{self.name}: the {split} split of {source.name} has no questions about images; use"
-                " data=openmoji-scenes or data=llava-json, or leave the task out"
+                " data=openmoji-scenes, llava-json, vqav2 or gqa, or leave the task out"
             )
         samples = [{"id": id, "output": texts, "kind": "answers"} for id, texts in outputs.items()]
         return TaskResult(
@@ -175,7 +179,7 @@ class QuestionAnswering(Task):
 def _row(asked: Asked, answer: str, blind: str | None) -> dict[str, Any]:
     """Return what is kept of one question. Columns that end in a kind, type or strategy are the sums of its metric."""
     score = vqa_accuracy(answer, asked.answers)
-    kind = answer_type(asked.answers)
+    kind = asked.type or answer_type(asked.answers)
     row: dict[str, Any] = {
         "item": asked.item,
         "cluster": asked.cluster,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.capabilities import SegmentImages
+from zoo.data.sample import BadSample, BadSamples
 from zoo.errors import ConfigError, DataError
 from zoo.evaluation.catalogue import METRICS, MetricInfo
 from zoo.evaluation.hallucination import objects_of
@@ -73,7 +74,9 @@ class Segmentation(Task):
     """gIoU and cIoU of the pixels that show a named object: all objects of that name together.
 
     The source knows the masks: ``masks(id, width) -> [objects, H, W]`` in the order of ``meta["objects"]``
-    (data=openmoji-scenes). Which absent names are asked for follows from a hash of the item and the name; they are
+    (data=openmoji-scenes), or of ``meta["referred"]`` (data=refcoco): expressions that each name one object. Each of
+    these is a target of its own and asked as it is, and no absent one is asked for, since another image's expression
+    may well fit. Which absent names are asked for follows from a hash of the item and the name; they are
     other names of the split. ``giou_present`` leaves them out; ``absent_right`` is the share of them for which the
     model's mask is empty.
     """
@@ -84,7 +87,10 @@ class Segmentation(Task):
 
     def run(self, model: Any, source: SourceLike, split: str, progress: Progress | None = None) -> TaskResult:
         if not callable(getattr(source, "masks", None)):
-            raise DataError(f"{self.name}: {source.name} has no masks; use data=openmoji-scenes, or leave the task out")
+            raise DataError(
+                f"{self.name}: {source.name} has no masks; use data=openmoji-scenes or data=refcoco, or leave the task"
+                " out"
+            )
         from zoo.evaluation.segmentation_metrics import CIoU, GIoU, overlaps
 
         ids = choose_ids(source, split, self.config.items)
@@ -104,7 +110,9 @@ class Segmentation(Task):
                     image = target.sample.image
                     pictures[target.sample.id] = _tinted(image, found), _tinted(image, target.mask)
         if not items:
-            raise DataError(f"{self.name}: no chosen image of {source.name} names an object in meta['objects']")
+            raise DataError(
+                f"{self.name}: no chosen image of {source.name} names an object in meta['objects'] or meta['referred']"
+            )
         metrics = {"giou": float(giou.compute()), "ciou": float(ciou.compute())}
         for name, above, below in (
             ("giou_present", "iou_present", "present"),
@@ -135,13 +143,17 @@ class Segmentation(Task):
     ) -> Iterator[list[Target]]:
         """Yield targets ``batch_size`` at a time."""
         size, waiting = self.config.batch_size, list[Target]()
+        bad = BadSamples(source.name, getattr(source, "max_bad", 0))
         everything: list[str] = []
         if self.config.absent:
             found = (name for sample in text_samples(source, source.ids(split)) for name in objects_of(sample))
             everything = list(dict.fromkeys(found))
         for samples in batches(self.name, source, ids, 16, progress):
             for sample in samples:
-                waiting += self._targets(source, sample, everything)
+                try:
+                    waiting += self._targets(source, sample, everything)
+                except BadSample as error:
+                    bad.add(error.id, error.reason)
             while len(waiting) >= size:
                 yield waiting[:size]
                 waiting = waiting[size:]
@@ -152,12 +164,15 @@ class Segmentation(Task):
         image: Any = sample.image
         width, height = image.size
         masks = torch.as_tensor(source.masks(sample.id, width))  # [objects, H, W]
-        named = [o["name"] for o in sample.meta.get("objects") or ()]
+        referred = [str(o["text"]) for o in sample.meta.get("referred") or ()]
+        named = referred or [o["name"] for o in sample.meta.get("objects") or ()]
         if tuple(masks.shape) != (len(named), height, width):
             raise DataError(
                 f"{self.name}: {source.name} gives masks of shape {tuple(masks.shape)} for the {len(named)} objects of"
                 f" {sample.id}, an image of {width}x{height} pixels"
             )
+        if referred:
+            return [Target(f"{sample.id}/{n}", sample, text, masks[n]) for n, text in enumerate(referred)]
         own = objects_of(sample)
         wanted = {name: masks[[n == name for n in named]].any(0) for name in own}
         others = sorted(
