@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,9 @@ TEXT, VISUAL = MODALITIES["text"], MODALITIES["image"]
 """Modality ids of the two kinds of rows, which are also the numbers of their experts."""
 
 UNITS = ("qkv", "out", "ffn")
+
+EXPERT = re.compile(rf"(\.(?:attn\.(?:q|k|v|out)|ffn))\.{TEXT}(?=\.)")
+"""The name of a language's matrix up to its expert's number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,20 @@ class CogVLMLM(TrunkLM):
 
         load_into(self, state, cogvlm.llama_keymap(self.experts), allow_new=cogvlm.VISUAL_EXPERTS)
         self.start_experts()
+
+    def adopt(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors to start from; those of a Llama (``causal-lm``) in the text's place and in the visual experts, which
+        start as its copies."""
+        from zoo.weights.keymaps import cogvlm
+
+        llama = {name.removeprefix("lm."): tensor for name, tensor in stored.items() if name.startswith("lm.model.")}
+        if not llama:
+            return dict(stored)
+        llama |= {name.removeprefix("lm."): t for name, t in stored.items() if name.startswith("lm.lm_head.")}
+        found, _ = cogvlm.llama_keymap(self.experts).load(llama)
+        own = self.state_dict()
+        copies = {EXPERT.sub(rf"\1.{VISUAL}", name): tensor for name, tensor in found.items()}
+        return {**{name: tensor for name, tensor in copies.items() if name in own}, **found}
 
     def arrange(self, layout: Layout, ids: Tensor, slots: Tensor) -> Layout:
         """Routes and positions of rows whose images stand at ``slots`` as [boi, patches, eoi].
