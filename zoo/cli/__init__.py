@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": ("zoo.cli.commands.generate", "text for images, or images from texts (--text, --edit, --mask)"),
     "chat": ("zoo.cli.commands.chat", "talk with a model about images in the terminal"),
     "report": ("zoo.cli.commands.report", "leaderboard and one HTML page over runs"),
+    "claims": ("zoo.cli.commands.claims", "claims of papers: run their comparisons and say what they show here"),
     "demo": ("zoo.cli.commands.demo", "CLIP and three connectors compared on real images, in minutes on a CPU"),
     "data": ("zoo.cli.commands.data", "make datasets: zoo data capfilt cleans captions with a trained BLIP"),
     "doctor": ("zoo.cli.commands.doctor", "versions, devices, plugins, and what is wrong with them"),

@@ -1,0 +1,1 @@
+"""Claims of papers about architectures, as comparisons that run: ``conf/claim/*.yaml`` and ``zoo claims``."""
