@@ -1,0 +1,1 @@
+"""Doors for other projects' tools. Nothing in the zoo imports these; the tools do."""
