@@ -53,6 +53,12 @@ class lmms(ABC):
 
 
 @dataclass
+class GenerationResult:
+    text: Any
+    token_counts: Any = None
+
+
+@dataclass
 class Instance:
     args: tuple[Any, ...]
 
@@ -61,7 +67,8 @@ class Instance:
 def adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, values in (
         ("lmms_eval", {}), ("lmms_eval.api", {}), ("lmms_eval.models", {}),
-        ("lmms_eval.api.model", {"lmms": lmms}), ("lmms_eval.models.registry_v2", {"ModelManifest": ModelManifest}),
+        ("lmms_eval.api.model", {"lmms": lmms}), ("lmms_eval.api.instance", {"GenerationResult": GenerationResult}),
+        ("lmms_eval.models.registry_v2", {"ModelManifest": ModelManifest}),
     ):  # fmt: skip
         module = types.ModuleType(name)
         module.__dict__.update(values)
@@ -130,7 +137,7 @@ def test_losses_are_negative_log_likelihoods(adapter: Any, checkpoint: Path) -> 
     written = model.generate_until([asks(2, max_new_tokens=4)])[0]
     targets: list[Any] = [" a cup", "two dogs", lambda doc: doc["question"]]
     requests = [Instance(("Which?", t, shown, n, "toy", "test")) for n, t in enumerate(targets)]
-    found = model.loglikelihood(requests)
+    found = [answer.text for answer in model.loglikelihood(requests)]
     texts = ["a cup", "two dogs", DOCS[2]["question"]]
     want = own.score_text([d["image"] for d in DOCS[:3]], texts, ["Which?"] * 3)
     torch.testing.assert_close(torch.tensor([loss for loss, _ in found]), -want, rtol=1e-4, atol=1e-4)

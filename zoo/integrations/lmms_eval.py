@@ -117,9 +117,10 @@ class Adapter:
                     self.cache_hook.add_partial("generate_until", (context, settings), out[n])
         return out
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Return (loss, whether it is what the model writes) for each request: (context, target, document -> images,
-        document, task, split).
+        document, task, split). Each pair is the ``text`` of a ``GenerationResult``: lmms-eval 0.7.3 writes any other
+        answer that is no text as one (``unwrap_generation_output`` of its ``api/instance.py``), pairs too.
 
         The loss is -log p(target | image, context) in nats, summed over the target's tokens and its end: lmms-eval's
         multiple choice takes the least one (``np.argmin`` in its ``api/task.py``), unlike what its docstring says.
@@ -127,10 +128,12 @@ class Adapter:
         Raises:
             ConfigError: the model scores no texts, a request without an image, or another number of images than one.
         """
+        from lmms_eval.api.instance import GenerationResult
+
         score = self._capability("score_text")
         if any(len(request.args) < 6 for request in requests):
             raise ConfigError("lmms-eval's acc_mutual_info asks for texts without their image; leave that metric out")
-        out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        out: list[Any] = [None] * len(requests)
         for part in self._parts(range(len(requests))):
             arguments = [requests[n].args for n in part]
             images = [self._image(*own[2:6]) for own in arguments]
@@ -139,7 +142,7 @@ class Adapter:
             losses = -score(images, targets, prompts).double().cpu()
             written = self._greedy(images, prompts, targets)
             for n, loss, text, target in zip(part, losses.tolist(), written, targets, strict=True):
-                out[n] = (loss, text == target)
+                out[n] = GenerationResult(text=(loss, text == target))
         return out
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
