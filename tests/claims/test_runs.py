@@ -103,7 +103,7 @@ def test_what_runs_share(resolved: dict[str, Resolved]) -> None:
             found.claim.config.along == "passes"
         ), name
         data = {str(config.data) for config in own}
-        assert len(data) == 1 or found.claim.config.evaluate_on or name == "T5-images", name
+        assert len(data) == 1 or found.claim.config.evaluate_on, name
 
 
 def test_cleaned_data_lie_in_the_baselines_run(resolved: dict[str, Resolved]) -> None:

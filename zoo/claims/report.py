@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SEEDS = (0, 1, 2)
 """The seeds of a claim unless the user says others."""
 
+NARROW = 130
+"""Columns of a terminal below which the list leaves out what the report has."""
+
 HEADS = ("claim", "system", "compared", "the paper", "here", "answer", "minutes", "command")
 
 
@@ -216,15 +219,18 @@ def print_list(given: Sequence[Answer], console: Console | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    console = console or RichConsole()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for head in ("claim", "title", "system", "the paper", "runs", "minutes", "state"):
-        table.add_column(head, justify="right" if head in ("runs", "minutes") else "left", overflow="fold")
+    narrow = console.width < NARROW
+    for head in ("claim", "title", *(() if narrow else ("system", "the paper")), "runs", "minutes", "state"):
+        wide = head in ("title", "the paper")
+        table.add_column(head, justify="right" if head in ("runs", "minutes") else "left", no_wrap=not wide)
     for answer in given:
         claim = answer.claim
         runs = f"{answer.done}/{answer.runs}" if answer.runs else str(expected_runs(claim))
-        cells = [claim.name, claim.config.title, claim.config.system, claim.paper, runs, minutes(answer), answer.state]
+        about = [] if narrow else [claim.config.system, claim.paper]
+        cells = [claim.name, claim.config.title, *about, runs, minutes(answer), answer.state]
         table.add_row(*map(Text, cells))
-    console = console or RichConsole()
     console.print(table)
     console.print(
         f"{len(given)} claims; minutes on one CPU core for three seeds, + runs that come first, which claims share;"
