@@ -26,6 +26,7 @@ from zoo.recipe import (
     scales,
     split_changes,
 )
+from zoo.recipe_files import read_yaml
 from zoo.registry import to_plain
 
 RECIPES = sorted(path.stem for path in (plugin.conf_dir() / "model").glob("*.yaml"))
@@ -434,3 +435,9 @@ def test_optimizer_refuses_impossible_values(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="optimizer"):
         resolve("llava", values={"optimizer": values})
     assert dataclasses.asdict(resolve("llava", values={"optimizer": {"clip": 0.0}}).optimizer)["clip"] == 0.0
+
+
+def test_texts_that_begin_with_a_number_stay_texts(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("a: 1.18 times\nb: 1e-3\nc: 1.5\nd: -.5\ne: 2.x\n", encoding="utf-8")
+    assert read_yaml(file) == {"a": "1.18 times", "b": 1e-3, "c": 1.5, "d": -0.5, "e": "2.x"}
