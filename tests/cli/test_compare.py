@@ -228,7 +228,7 @@ def test_one_command_resolves_the_unified_models_with_what_comes_first(
     assert [(run.recipe.model, run.init) for run in runs] == [
         ("show-o", places["codes"]), ("transfusion", places["latents"]),
     ]  # fmt: skip
-    assert runs[0].recipe.parts["image_tokenizer"][0] == "lfq"
+    assert runs[0].recipe.parts["image_tokenizer"][0] == "vq"
     assert {run.evaluation.tasks["text-to-image"]["evaluator"] for run in runs} == {places["judge"]}
     firsts, _ = resolved([*asked, "init=null"], True)
     assert list(firsts) == ["judge"]

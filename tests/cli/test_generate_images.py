@@ -45,6 +45,10 @@ class Fake:
         self._call(texts=list(texts), seed=seed, guidance=guidance)
         return self._colours(texts, seed, steps, guidance)
 
+    def prepared_images(self, images: Sequence[Any]) -> Tensor:
+        shown = [torch.from_numpy(np.array(i.resize((SIDE, SIDE)))).permute(2, 0, 1) for i in images]
+        return torch.stack(shown) / 255
+
     def inpaint_images(
         self,
         images: Sequence[Any],
@@ -56,8 +60,7 @@ class Fake:
         guidance: float | None = None,
     ) -> Tensor:
         self._call(masks=masks, texts=list(texts), images=list(images))
-        shown = torch.stack([torch.from_numpy(np.array(i.resize((SIDE, SIDE)))).permute(2, 0, 1) for i in images])
-        return torch.where(masks[:, None], self._colours(texts, seed, steps, guidance), shown / 255)
+        return torch.where(masks[:, None], self._colours(texts, seed, steps, guidance), self.prepared_images(images))
 
     def edit_images(
         self,

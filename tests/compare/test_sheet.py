@@ -93,5 +93,5 @@ def test_the_report_shows_what_was_drawn(make_run: Callable[..., Path], tmp_path
     page = make_report([tmp_path / "outputs"], tmp_path / "r").read_text()
     assert page.count('class="drawn"') == 4
     for n in range(4):
-        assert f'title="drawn from: icon number {n}" src="data:image/png;base64,{png((0, 40 * n, 100))}"' in page
+        assert f'title="picture for: icon number {n}" src="data:image/png;base64,{png((0, 40 * n, 100))}"' in page
     assert "alert(3)" not in page
