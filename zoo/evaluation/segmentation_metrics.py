@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.evaluation.metrics import MeanOf
 from zoo.evaluation.torchmetrics_base import Metric
 
 
@@ -27,32 +28,16 @@ def ious(intersection: Tensor, union: Tensor) -> Tensor:
     return torch.where(union > 0, intersection.double() / union.clamp(min=1), 1.0)
 
 
-class GIoU(Metric):
+class GIoU(MeanOf):
     """The mean over targets of intersection over union; an empty union counts 1 (``acc_iou[union_i == 0] += 1`` of
     LISA's train_ds.py, Lai et al. 2024, section 4.1, without its 1e-5 below the line).
 
     Not torchmetrics' ``GeneralizedIntersectionOverUnion``, a measure of boxes with the same abbreviation.
     """
 
-    higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, found: Tensor, wanted: Tensor) -> None:
+    def update(self, found: Tensor, wanted: Tensor) -> None:  # type: ignore[override]
         """Add masks [N, H, W] bool."""
-        self.total += ious(*overlaps(found, wanted)).sum().to(self.total.device)
-        self.count += len(found)
-
-    def compute(self) -> Tensor:
-        """Return the mean as a float64 scalar."""
-        return self.total / self.count
+        super().update(ious(*overlaps(found, wanted)))
 
 
 class CIoU(Metric):
