@@ -16,6 +16,7 @@ from zoo.adapters import is_adapter
 from zoo.capabilities import capabilities_of
 from zoo.errors import ConfigError, near
 from zoo.models.base import Model
+from zoo.nn.cpu_attention import full_precision_attention
 from zoo.objectives.base import Objective
 from zoo.objectives.momentum import Momentum, shared_momentum
 from zoo.own_optimizers import OwnOptimizers
@@ -209,7 +210,8 @@ class ZooModule(LightningModule):
         return total, {"loss": total.detach(), **report}
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        loss, self.report = self.losses(batch)
+        with full_precision_attention():
+            loss, self.report = self.losses(batch)
         return loss
 
     def on_after_backward(self) -> None:
