@@ -31,7 +31,7 @@ def full_precision_attention() -> Iterator[None]:
             out = attend(query.float(), *map(_full, args), **{name: _full(value) for name, value in kwargs.items()})
         return out.to(torch.get_autocast_dtype("cpu"))
 
-    F.scaled_dot_product_attention = attended  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attended
     try:
         yield
     finally:
