@@ -15,7 +15,7 @@ from zoo.errors import ConfigError, near
 from zoo.part import PartConfig
 from zoo.plugin import catalogue
 from zoo.recipe_changes import difference
-from zoo.recipe_files import SECTIONS, SLOTS, RecipeFile, Scale, read_recipe, read_scale, scales
+from zoo.recipe_files import SECTIONS, SLOTS, PlainRecipe, RecipeFile, Scale, read_recipe, read_scale, scales
 from zoo.registry import KINDS, parse, refuse_code, to_plain
 
 __all__ = [
@@ -216,7 +216,7 @@ class Recipe:
         if unknown:
             key = sorted(unknown)[0]
             raise ConfigError(f"recipe has an unknown key {key!r}{near(key, SECTIONS)}")
-        whole = parse(_Plain, {key: value for key, value in plain.items() if key != "format"}, "recipe")
+        whole = parse(PlainRecipe, {key: value for key, value in plain.items() if key != "format"}, "recipe")
         wiring_name, wiring = _named("wiring", whole.wiring)
         given = {slot: getattr(whole, slot) for slot in SLOTS if getattr(whole, slot) is not None}
         if set(given) != set(wiring.slots):
@@ -261,26 +261,6 @@ class Recipe:
             values=merged,
             scale=scale or self.scale,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plain:
-    """The shape of recipe.json, whose sections are then parsed by their own names."""
-
-    model: str
-    scale: str
-    wiring: dict[str, Any]
-    encoder: dict[str, Any] | None = None
-    text_encoder: dict[str, Any] | None = None
-    connector: dict[str, Any] | None = None
-    decoder: dict[str, Any] | None = None
-    trunk: dict[str, Any] | None = None
-    patch_codec: dict[str, Any] | None = None
-    image_tokenizer: dict[str, Any] | None = None
-    objective: dict[str, dict[str, Any]]
-    stages: list[dict[str, Any]]
-    optimizer: dict[str, Any]
-    changed: list[tuple[str, str]] = field(default_factory=list)
 
 
 def _over(new: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,18 @@ from zoo.part import SIZE_FIELDS
 from zoo.plugin import catalogue
 from zoo.registry import parse, refuse_code
 
-SLOTS = ("encoder", "text_encoder", "connector", "decoder", "trunk", "patch_codec", "image_tokenizer")
+SLOTS = (
+    "encoder",
+    "text_encoder",
+    "connector",
+    "decoder",
+    "trunk",
+    "patch_codec",
+    "output_connector",
+    "denoiser",
+    "image_tokenizer",
+    "mask_decoder",
+)
 """The part kinds a recipe may fill, each a Hydra group of the same name."""
 
 _YAML_FLOAT, _YAML_DATE = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
@@ -27,6 +38,29 @@ _FLOAT = re.compile(
 
 SECTIONS = (*SLOTS, "objective", "wiring", "stages", "optimizer")
 """Top-level keys of a composed configuration that belong to the recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainRecipe:
+    """The shape of recipe.json, whose sections are then parsed by their own names."""
+
+    model: str
+    scale: str
+    wiring: dict[str, Any]
+    encoder: dict[str, Any] | None = None
+    text_encoder: dict[str, Any] | None = None
+    connector: dict[str, Any] | None = None
+    decoder: dict[str, Any] | None = None
+    trunk: dict[str, Any] | None = None
+    patch_codec: dict[str, Any] | None = None
+    output_connector: dict[str, Any] | None = None
+    denoiser: dict[str, Any] | None = None
+    image_tokenizer: dict[str, Any] | None = None
+    mask_decoder: dict[str, Any] | None = None
+    objective: dict[str, dict[str, Any]]
+    stages: list[dict[str, Any]]
+    optimizer: dict[str, Any]
+    changed: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,16 @@ KINDS: dict[str, str] = {
     "decoder": "turns tokens into text",
     "trunk": "turns images, text, or both at once into tokens",
     "patch_codec": "turns noisy image latents into tokens, and a trunk's states into what is predicted of them",
-    "image_tokenizer": "turns images into discrete codes and back",
+    "output_connector": "turns a language model's states into the tokens that something which draws reads",
+    "denoiser": "predicts, of noisy image latents and the tokens they are drawn from, the noise or the image",
+    "image_tokenizer": "turns images into discrete codes or latents and back",
+    "mask_decoder": "turns an image and a language model's states into masks",
     "objective": "a loss and what it reports",
     "tokenizer": "turns text into ids and back",
     "wiring": "joins parts into a model",
     "data": "a source of samples",
     "task": "an evaluation",
+    "command": "a word of the command line: zoo NAME",
 }
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -41,7 +45,8 @@ class Component:
     Attributes:
         kind: One of ``KINDS``.
         name: Lower-case, words joined by ``-``, as users write it.
-        ref: ``"package.module:ConfigClass"``; for a model, empty (its recipe is ``conf/model/NAME.yaml``).
+        ref: ``"package.module:ConfigClass"``; for a model, empty (its recipe is ``conf/model/NAME.yaml``); for a
+            command, ``"package.module:main"``, a function of the words behind its name that returns the exit status.
         preset: Values of the Config's fields under this name, e.g. a published size.
         summary: One line for ``zoo list``.
         extra: The extra of mmzoo (or the package) to install when an import fails.

@@ -1,4 +1,7 @@
-"""The ``zoo`` command. Each sub-command is one file; this one only finds it, so that ``zoo list`` imports no torch."""
+"""The ``zoo`` command. Each sub-command is one file; this one only finds it, so that ``zoo list`` imports no torch.
+
+Plugins add words of their own by components of kind ``command``.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,18 @@ COMMANDS = {
 }
 
 
+def all_commands() -> dict[str, tuple[str, str]]:
+    """Name -> (``module`` or ``module:function``, what it does). A plugin cannot replace one of those."""
+    from zoo.plugin import catalogue
+
+    return {**{c.name: (c.ref, c.summary) for c in catalogue()["command"]}, **COMMANDS}
+
+
 def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    known = all_commands()
+    known = {**{name: known[name] for name in COMMANDS}, **known}
+    width = max(map(len, known))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in known.items()]
     return "usage: zoo COMMAND ...\n\n" + "\n".join(lines) + "\n\nzoo COMMAND --help tells more."
 
 
@@ -44,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = arguments.pop(0)
     try:
-        if name not in COMMANDS:
-            raise ConfigError(f"unknown command {name!r}{near(name, COMMANDS)}")
-        status: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
+        known = COMMANDS if name in COMMANDS else all_commands()
+        if name not in known:
+            raise ConfigError(f"unknown command {name!r}{near(name, known)}")
+        module, _, function = known[name][0].partition(":")
+        status: int = getattr(importlib.import_module(module), function or "main")(arguments)
         return status
     except ZooError as error:
         print(f"error: {error}", file=sys.stderr)

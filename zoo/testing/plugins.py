@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +36,11 @@ def check_component(kind: str, name: str) -> None:
         AssertionError: Naming the broken promise.
     """
     check = CHECKS.get(kind)
-    if check is not None:
+    if kind == "command":
+        module, _, function = catalogue()[kind].get(name).ref.partition(":")
+        main = getattr(importlib.import_module(module), function or "main", None)
+        expect(callable(main), f"command {name!r}: {module} has no function {function or 'main'!r}")
+    elif check is not None:
         check(name)
     else:
         check_config(kind, name)
