@@ -16,6 +16,7 @@ from __future__ import annotations
 from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config
 from zoo.testing.imports import check_imports
+from zoo.testing.mask_decoders import check_mask_decoder
 from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
 from zoo.testing.plugins import check_component, check_light, check_plugin
 from zoo.testing.recipes import check_objective, check_published, check_recipe
@@ -29,6 +30,7 @@ __all__ = [
     "check_encoder",
     "check_imports",
     "check_light",
+    "check_mask_decoder",
     "check_objective",
     "check_patch_codec",
     "check_plugin",

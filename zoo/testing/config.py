@@ -49,6 +49,10 @@ def base_of(kind: str) -> type[Any]:
         from zoo.patch_codecs.base import PatchCodecConfig
 
         return PatchCodecConfig
+    if kind == "mask_decoder":
+        from zoo.mask_decoders.base import MaskDecoderConfig
+
+        return MaskDecoderConfig
     if kind == "image_tokenizer":
         from zoo.tokenizers.base import BaseTokenizerConfig
 

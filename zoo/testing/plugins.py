@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from zoo.plugin import API, Plugin, catalogue, registered
 from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config, expect
+from zoo.testing.mask_decoders import check_mask_decoder
 from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
 from zoo.testing.recipes import check_objective, check_published, check_recipe
 from zoo.testing.trunks import check_trunk
@@ -25,6 +26,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "decoder": check_decoder,
     "trunk": check_trunk,
     "patch_codec": check_patch_codec,
+    "mask_decoder": check_mask_decoder,
     "objective": check_objective,
 }
 

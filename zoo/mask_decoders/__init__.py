@@ -1,0 +1,1 @@
+"""Mask decoders: an image and a language model's states in, masks out."""
