@@ -19,6 +19,7 @@ KINDS: dict[str, str] = {
     "model": "a whole system: a recipe in conf/model",
     "encoder": "turns images into tokens",
     "text_encoder": "turns text into tokens and one vector",
+    "modality_encoder": "turns a modality that is neither image nor text (audio, depth, ...) into tokens",
     "connector": "turns tokens into tokens the decoder can read",
     "decoder": "turns tokens into text",
     "trunk": "turns images, text, or both at once into tokens",
@@ -33,6 +34,7 @@ KINDS: dict[str, str] = {
     "data": "a source of samples",
     "task": "an evaluation",
     "command": "a word of the command line: zoo NAME",
+    "checkpoint": "reads the weights that were released for the recipe of this name",
 }
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -46,7 +48,8 @@ class Component:
         kind: One of ``KINDS``.
         name: Lower-case, words joined by ``-``, as users write it.
         ref: ``"package.module:ConfigClass"``; for a model, empty (its recipe is ``conf/model/NAME.yaml``); for a
-            command, ``"package.module:main"``, a function of the words behind its name that returns the exit status.
+            command, ``"package.module:main"``, a function of the words behind its name that returns the exit status; for
+            a checkpoint, ``"package.module:from_state"``, ``(recipe, state) -> zoo.weights.formats.Official``.
         preset: Values of the Config's fields under this name, e.g. a published size.
         summary: One line for ``zoo list``.
         extra: The extra of mmzoo (or the package) to install when an import fails.

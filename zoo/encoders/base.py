@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -75,6 +76,37 @@ class TextEncoderConfig(PartConfig):
     tokenizer: str = "clip-bpe"
     vocab_size: int = 49408
     context_length: int = 77
+
+    def build(self) -> Encoder:
+        raise TypeError(f"{type(self).__name__} defines no build")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalityEncoderConfig(PartConfig):
+    """Fields every encoder of a further modality has: audio, depth, a motion sensor, ...
+
+    Attributes:
+        modality: What it reads: the name under which samples carry it.
+    """
+
+    modality: str = ""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of what ``forward`` reads of one item, without the batch."""
+        raise TypeError(f"{type(self).__name__} defines no input_shape")
+
+    def prepare(self, item: Any, key: tuple[object, ...] | None = None) -> Tensor:
+        """Turn what a sample carries into ``[clips, *input_shape]`` float32.
+
+        Args:
+            key: (seed, id, draw) in training, which decides all that is drawn, and one clip comes out; None in
+                evaluation, where several may.
+
+        Raises:
+            DataError: The item is not what the encoder reads, in one line.
+        """
+        raise TypeError(f"{type(self).__name__} defines no prepare")
 
     def build(self) -> Encoder:
         raise TypeError(f"{type(self).__name__} defines no build")

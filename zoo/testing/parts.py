@@ -97,6 +97,38 @@ def check_encoder(name: str, *, scale: str | None = "tiny") -> None:
         _alone(lambda rows: run(module, rows), what)
 
 
+def check_modality_encoder(name: str, *, scale: str | None = "tiny") -> None:
+    """Check the encoder of a further modality: [B, *input_shape] in, ``Features`` of the promised shapes out.
+
+    Raises:
+        AssertionError: Naming the broken promise.
+    """
+    import torch
+
+    what = f"modality_encoder {name!r}"
+    check_config("modality_encoder", name)
+    config = scaled("modality_encoder", name, scale)
+    expect(bool(config.modality), f"{what} does not say which modality it reads")
+    check_construction(config.build, what)
+    with seeded(0, what):
+        module: Any = shake(config.build())
+    x = _random(3, *config.input_shape)
+
+    def run(m: Any, rows: slice = slice(None)) -> Features:
+        features: Features = m(x[rows])
+        return features
+
+    with torch.no_grad():
+        features = run(module)
+        _shape(features.tokens, (3, module.tokens, module.width), f"{what}: tokens")
+        _check_pooled(features, module, 3, what)
+        rows = features.tokens.flatten(1)
+        expect(float((rows[0] - rows[1]).abs().max()) > 1e-3, f"{what}: two different items give the same tokens")
+    _common(module, config.build, run, what)
+    with torch.no_grad():
+        _alone(lambda rows: run(module, rows), what)
+
+
 def check_text_encoder(name: str, *, scale: str | None = "tiny") -> None:
     """Check a text encoder: token ids [B, T] and their mask in, ``Features`` out; what stands in a pad does not matter.
 

@@ -2,7 +2,7 @@
 
 ``TRANSFORMERS`` names, for the ``model_type`` of a ``config.json``, a function ``(config, folder) -> Official``;
 ``FILES`` names, for a recipe, a function ``(recipe, state) -> Official`` that reads a bare file given with
-``model="clip-vit-b-32"``.
+``model="clip-vit-b-32"``; a plugin adds such a function of a recipe of its own as a component of kind ``checkpoint``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import WeightsError, near
+from zoo.plugin import catalogue
 from zoo.recipe import Recipe
 from zoo.weights.keymaps import KeyMap
 
@@ -137,10 +138,15 @@ def folder_kind(config: Mapping[str, Any]) -> str:
 
 
 def file_format(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:
-    """Understand a bare state dict of ``recipe``; None when the zoo knows no other layout of it."""
-    if recipe.model not in FILES:
+    """Understand a bare state dict of ``recipe``; None when neither the zoo nor a plugin knows another layout of it."""
+    released = catalogue()["checkpoint"]
+    if recipe.model in FILES:
+        ref = FILES[recipe.model]
+    elif recipe.model in released:
+        ref = released.get(recipe.model).ref
+    else:
         return None
-    official: Official = _function(FILES[recipe.model])(recipe, state)
+    official: Official = _function(ref)(recipe, state)
     return official
 
 
