@@ -131,5 +131,6 @@ def test_manifest_that_imports_torch_is_found(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_part_has_a_contract() -> None:
-    parts = {"encoder", "text_encoder", "connector", "decoder", "trunk", "patch_codec", "objective", "model"}
+    parts = {"encoder", "text_encoder", "connector", "decoder", "trunk", "patch_codec", "denoiser"}
+    parts |= {"objective", "model"}
     assert parts == set(CHECKS)

@@ -7,6 +7,7 @@ from typing import Any
 from zoo.builtin_blip2 import BLIP2
 from zoo.builtin_coca import COCA
 from zoo.builtin_cogvlm import COGVLM
+from zoo.builtin_denoisers import DENOISERS
 from zoo.builtin_dialogue import DIALOGUE
 from zoo.builtin_drawing import DRAWING
 from zoo.builtin_glm import GLM
@@ -463,6 +464,7 @@ WIRED = (
     *FUSION,
     *TRANSFUSION,
     *UNIFIED,
+    *DENOISERS,
 )
 
 PLUGIN = Plugin(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config
+from zoo.testing.denoisers import check_denoiser
 from zoo.testing.imports import check_imports
 from zoo.testing.mask_decoders import check_mask_decoder
 from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
@@ -27,6 +28,7 @@ __all__ = [
     "check_config",
     "check_connector",
     "check_decoder",
+    "check_denoiser",
     "check_encoder",
     "check_imports",
     "check_light",

@@ -29,10 +29,14 @@ def expect(holds: bool, message: str) -> None:
 
 def base_of(kind: str) -> type[Any]:
     """The class every Config of ``kind`` derives from."""
-    if kind in ("encoder", "text_encoder"):
+    if kind in ("encoder", "text_encoder", "modality_encoder"):
         from zoo.encoders import base as encoders
 
-        return encoders.ImageEncoderConfig if kind == "encoder" else encoders.TextEncoderConfig
+        return {
+            "encoder": encoders.ImageEncoderConfig,
+            "text_encoder": encoders.TextEncoderConfig,
+            "modality_encoder": encoders.ModalityEncoderConfig,
+        }[kind]
     if kind == "connector":
         from zoo.connectors.base import ConnectorConfig
 
@@ -53,6 +57,10 @@ def base_of(kind: str) -> type[Any]:
         from zoo.mask_decoders.base import MaskDecoderConfig
 
         return MaskDecoderConfig
+    if kind == "denoiser":
+        from zoo.denoisers.base import DenoiserConfig
+
+        return DenoiserConfig
     if kind == "image_tokenizer":
         from zoo.tokenizers.base import BaseTokenizerConfig
 

@@ -11,8 +11,15 @@ from contextlib import nullcontext
 from zoo.plugin import API, Plugin, catalogue, registered
 from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config, expect
+from zoo.testing.denoisers import check_denoiser
 from zoo.testing.mask_decoders import check_mask_decoder
-from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
+from zoo.testing.parts import (
+    check_connector,
+    check_decoder,
+    check_encoder,
+    check_modality_encoder,
+    check_text_encoder,
+)
 from zoo.testing.recipes import check_objective, check_published, check_recipe
 from zoo.testing.trunks import check_trunk
 
@@ -22,10 +29,12 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "model": check_recipe,
     "encoder": check_encoder,
     "text_encoder": check_text_encoder,
+    "modality_encoder": check_modality_encoder,
     "connector": check_connector,
     "decoder": check_decoder,
     "trunk": check_trunk,
     "patch_codec": check_patch_codec,
+    "denoiser": check_denoiser,
     "mask_decoder": check_mask_decoder,
     "objective": check_objective,
 }
@@ -42,6 +51,11 @@ def check_component(kind: str, name: str) -> None:
         module, _, function = catalogue()[kind].get(name).ref.partition(":")
         main = getattr(importlib.import_module(module), function or "main", None)
         expect(callable(main), f"command {name!r}: {module} has no function {function or 'main'!r}")
+    elif kind == "checkpoint":
+        expect(name in catalogue()["model"], f"checkpoint {name!r}: there is no recipe of this name")
+        module, _, function = catalogue()[kind].get(name).ref.partition(":")
+        reader = getattr(importlib.import_module(module), function, None)
+        expect(callable(reader), f"checkpoint {name!r}: {module} has no function {function!r}")
     elif check is not None:
         check(name)
     else:
