@@ -63,6 +63,11 @@ class MaskDecoderConfig(PartConfig):
     One that reads pixels has the fields ``image_size``, ``mean`` and ``std``, as an image encoder's configuration.
     """
 
+    @property
+    def prompts(self) -> int:
+        """Prompts a target: as many tokens the vocabulary gets for it, before the decoder is built."""
+        return 1
+
     def build(self, *, text_width: int, image_width: int) -> MaskDecoder:
         """Build the decoder.
 

@@ -11,6 +11,7 @@ from typing import Any
 from zoo.adapters import fit_names, is_adapter
 from zoo.errors import ConfigError, WeightsError
 from zoo.models.base import Model
+from zoo.plugin import catalogue
 from zoo.recipe import SLOTS, Recipe, resolve, split_changes
 from zoo.registry import to_plain
 from zoo.weights.files import State, locate, read_file, read_folder, read_json, stem_of
@@ -103,7 +104,8 @@ def _read(source: str | Path, model: str | None, strict: bool) -> _Checkpoint:
         official, state = from_open_clip(path), read_folder(path, stem_of(path))
     elif (path / "config.json").is_file():
         config = read_json(path / "config.json")
-        if model is None or folder_kind(config) in TRANSFORMERS:
+        # a plugin's own released layout is read by the recipe's name, whatever its config.json calls itself
+        if model is None or (folder_kind(config) in TRANSFORMERS and model not in catalogue()["checkpoint"]):
             official = transformers_format(config, path)
             state = read_folder(path, stem_of(path), pickled=folder_kind(config) in PICKLED_KINDS)
         else:
