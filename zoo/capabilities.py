@@ -112,6 +112,28 @@ class Classify(Protocol):
 
 
 @runtime_checkable
+class ClassifySamples(Protocol):
+    """Judges which of a fixed list of labels an item of any modality has."""
+
+    labels: tuple[str, ...]
+
+    def classify_samples(self, samples: Sequence[Any]) -> Tensor:
+        """Return [N, C], a logit for every one of ``labels``.
+
+        Args:
+            samples: ``zoo.data.sample.Sample``s that hold the model's modality.
+
+        Raises:
+            DataError: A sample lacks it, or holds what cannot be read; nothing was computed by then.
+        """
+        ...
+
+    def example_samples(self, count: int) -> Sequence[Any]:
+        """Return ``count`` samples that the model can be asked about."""
+        ...
+
+
+@runtime_checkable
 class EncodeImages(Protocol):
     """Turns images into discrete codes."""
 
@@ -250,6 +272,7 @@ CAPABILITIES: dict[str, type] = {
     "generate_text": GenerateText,
     "match": Match,
     "classify": Classify,
+    "classify_samples": ClassifySamples,
     "image_codes": EncodeImages,
     "reconstruct_images": ReconstructImages,
     "generate_images": GenerateImages,

@@ -308,6 +308,7 @@ FORWARDED = frozenset(
         "score_text", "score_candidates", "score_plain_text",
         "generate_images", "inpaint_images", "edit_images", "generate_interleaved",
         "segment_images", "image_features", "text_features", "text_logits", "token_logits",
-        "classify", "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",
+        "classify", "classify_samples", "example_samples", "labels",
+        "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",
     }
 )  # fmt: skip

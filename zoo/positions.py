@@ -20,11 +20,16 @@ def positions(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
     Where images stand among the words (a bridge, one transformer of both) an image counts as many positions as it has
     in that sequence; where they are read apart, as many as its encoder, trunk or tokenizer makes of it. A question and
-    its answer both count, and so does what an encoder-decoder language model writes.
+    its answer both count, and so does what an encoder-decoder language model writes. A model of other modalities counts
+    by itself (``positions_of(batch)``), all but text as images.
 
     Returns:
         [2] int64 on the batch's device: of text, of images.
     """
+    own = getattr(model, "positions_of", None)
+    if callable(own):
+        counted: Tensor = own(batch)
+        return counted
     mask = batch.get("attention_mask")
     ids = batch.get("input_ids")
     device = next(iter(batch.values())).device

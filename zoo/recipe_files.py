@@ -27,6 +27,7 @@ SLOTS = (
     "denoiser",
     "image_tokenizer",
     "mask_decoder",
+    "data_tokenizer",
 )
 """The part kinds a recipe may fill, each a Hydra group of the same name."""
 
@@ -57,6 +58,7 @@ class PlainRecipe:
     denoiser: dict[str, Any] | None = None
     image_tokenizer: dict[str, Any] | None = None
     mask_decoder: dict[str, Any] | None = None
+    data_tokenizer: dict[str, Any] | None = None
     objective: dict[str, dict[str, Any]]
     stages: list[dict[str, Any]]
     optimizer: dict[str, Any]

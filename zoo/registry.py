@@ -27,6 +27,7 @@ KINDS: dict[str, str] = {
     "output_connector": "turns a language model's states into the tokens that something which draws reads",
     "denoiser": "predicts, of noisy image latents and the tokens they are drawn from, the noise or the image",
     "image_tokenizer": "turns images into discrete codes or latents and back",
+    "data_tokenizer": "turns data of one modality into a sequence of tokens",
     "mask_decoder": "turns an image and a language model's states into masks",
     "objective": "a loss and what it reports",
     "tokenizer": "turns text into ids and back",
@@ -48,8 +49,8 @@ class Component:
         kind: One of ``KINDS``.
         name: Lower-case, words joined by ``-``, as users write it.
         ref: ``"package.module:ConfigClass"``; for a model, empty (its recipe is ``conf/model/NAME.yaml``); for a
-            command, ``"package.module:main"``, a function of the words behind its name that returns the exit status; for
-            a checkpoint, ``"package.module:from_state"``, ``(recipe, state) -> zoo.weights.formats.Official``.
+            command, ``"package.module:main"``, a function of the words behind its name that returns the exit status;
+            for a checkpoint, ``"package.module:from_state"``, ``(recipe, state) -> zoo.weights.formats.Official``.
         preset: Values of the Config's fields under this name, e.g. a published size.
         summary: One line for ``zoo list``.
         extra: The extra of mmzoo (or the package) to install when an import fails.

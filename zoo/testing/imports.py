@@ -16,6 +16,7 @@ PUBLIC = (
     "zoo.capabilities",
     "zoo.connectors.*",
     "zoo.data.*",
+    "zoo.data_tokenizers.*",
     "zoo.decoders.*",
     "zoo.denoisers.*",
     "zoo.diffusion.*",

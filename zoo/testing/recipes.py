@@ -125,6 +125,7 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
         "generate_text": lambda rows: module.generate_text(images[rows], max_new_tokens=4),
         "match": lambda rows: module.match(images[rows], TEXTS[rows]),
         "classify": lambda rows: module.classify(images[rows], TEXTS[rows]),
+        "classify_samples": lambda rows: module.classify_samples(module.example_samples(3)[rows]),
         "image_codes": lambda rows: module.image_codes(images[rows]),
         "reconstruct_images": lambda rows: module.reconstruct_images(images[rows]),
         "generate_images": lambda rows: module.generate_images(TEXTS[rows], seed=3),
