@@ -15,6 +15,7 @@ from zoo.builtin_image_tokenizers import DISCRETE_TOKENIZERS
 from zoo.builtin_language import LANGUAGE
 from zoo.builtin_latents import LATENTS
 from zoo.builtin_llamagen import LLAMAGEN
+from zoo.builtin_llm_draws import LLM_DRAWS
 from zoo.builtin_public_data import PUBLIC_DATA
 from zoo.builtin_scenes import SCENES
 from zoo.builtin_t5 import T5
@@ -465,6 +466,7 @@ WIRED = (
     *TRANSFUSION,
     *UNIFIED,
     *DENOISERS,
+    *LLM_DRAWS,
 )
 
 PLUGIN = Plugin(

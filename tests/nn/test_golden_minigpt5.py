@@ -11,31 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.nn import Trunk
+from zoo.output_connectors.mapper import Mapper, MapperConfig
 from zoo.weights.keymaps import load_into, minigpt5, torch_transformer
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-class Mapper(nn.Module):
-    def __init__(self, c: dict[str, Any]) -> None:
-        super().__init__()
-        width = c["sd_hidden"]
-        encoder, decoder = torch_transformer.trunk_configs(
-            width=width,
-            heads=c["nhead"],
-            ffn=c["ffn"],
-            encoder_depth=c["layers"][0],
-            decoder_depth=c["layers"][1],
-            act=c["activation"],
-            norm_first=c["norm_first"],
-        )
-        self.fc = nn.Sequential(nn.Linear(c["llm_hidden"], width), nn.GELU(), nn.Linear(width, width))
-        self.encoder, self.decoder = Trunk(encoder), Trunk(decoder)
-        self.queries = nn.Embedding(c["queries"], width)
-
-    def forward(self, states: Tensor) -> Tensor:
-        queries = self.queries.weight.expand(len(states), -1, -1)
-        return self.decoder(queries, context=self.encoder(self.fc(states)))
+def mapper(c: dict[str, Any]) -> Mapper:
+    sizes = {"width": c["sd_hidden"], "heads": c["nhead"], "ffn": c["ffn"], "queries": c["queries"]}
+    config = MapperConfig(depth=c["layers"][0], act=c["activation"], **sizes)
+    return config.build(in_width=c["llm_hidden"], in_tokens=c["vokens"], out_width=c["sd_hidden"])
 
 
 @pytest.fixture
@@ -45,7 +30,7 @@ def g(golden: Callable[[str], Any]) -> Any:
 
 @pytest.fixture
 def model(g: Any) -> Mapper:
-    built = Mapper(g.config).eval()
+    built = mapper(g.config).eval()
     load_into(built, g.weights, minigpt5.keymap())
     return built
 
@@ -62,10 +47,10 @@ def test_mapping(g: Any, model: Mapper) -> None:
     assert model.encoder.config.eps == model.decoder.config.eps == 1e-5
     assert model.encoder.config.act == model.decoder.config.act == "relu"
     torch.testing.assert_close(model.fc(states(g)), g.outputs["fc_out"], **TOLERANCE)
-    feature = model(states(g))
+    feature = model(states(g)).tokens
     torch.testing.assert_close(feature, g.outputs["mapping_feature"], **TOLERANCE)
     torch.testing.assert_close(F.mse_loss(feature, g.inputs["caption_states"]), g.outputs["caption_loss"], **TOLERANCE)
-    torch.testing.assert_close(model(torch.zeros_like(states(g)[:1])), g.outputs["negative"], **TOLERANCE)
+    torch.testing.assert_close(model(torch.zeros_like(states(g)[:1])).tokens, g.outputs["negative"], **TOLERANCE)
 
 
 @torch.no_grad()

@@ -59,6 +59,10 @@ class PerceiverResampler(Connector):
         self.proj_out = nn.Linear(d, out_width) if out_width != d else nn.Identity()
 
     def forward(self, features: Features, text: Features | None = None) -> Features:
+        return Features(self.proj_out(self.read(features)))
+
+    def read(self, features: Features) -> Tensor:
+        """The latents [B, n, D] that have read the tokens [B, N, D_in], after the final norm."""
         media = self.proj_in(features.tokens)  # [B, N, D]
         batch = media.shape[0]
         latents = self.latents.to(media.dtype).expand(batch, -1, -1)  # [B, n, D]
@@ -68,7 +72,8 @@ class PerceiverResampler(Connector):
             mask = torch.cat([features.mask, own], dim=1)[:, None, None]  # [B, 1, 1, N + n]
         for layer in self.layers:
             latents = layer(latents, media, mask)
-        return Features(self.proj_out(self.norm(latents)))
+        normed: Tensor = self.norm(latents)
+        return normed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from zoo.testing.config import check_config
 from zoo.testing.denoisers import check_denoiser
 from zoo.testing.imports import check_imports
 from zoo.testing.mask_decoders import check_mask_decoder
+from zoo.testing.output_connectors import check_output_connector
 from zoo.testing.parts import check_connector, check_decoder, check_encoder, check_text_encoder
 from zoo.testing.plugins import check_component, check_light, check_plugin
 from zoo.testing.recipes import check_objective, check_published, check_recipe
@@ -34,6 +35,7 @@ __all__ = [
     "check_light",
     "check_mask_decoder",
     "check_objective",
+    "check_output_connector",
     "check_patch_codec",
     "check_plugin",
     "check_published",

@@ -49,6 +49,10 @@ def base_of(kind: str) -> type[Any]:
         from zoo.trunks.base import SharedTrunkConfig
 
         return SharedTrunkConfig
+    if kind == "output_connector":
+        from zoo.output_connectors.base import OutputConnectorConfig
+
+        return OutputConnectorConfig
     if kind == "patch_codec":
         from zoo.patch_codecs.base import PatchCodecConfig
 

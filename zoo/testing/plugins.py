@@ -13,6 +13,7 @@ from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config, expect
 from zoo.testing.denoisers import check_denoiser
 from zoo.testing.mask_decoders import check_mask_decoder
+from zoo.testing.output_connectors import check_output_connector
 from zoo.testing.parts import (
     check_connector,
     check_decoder,
@@ -36,6 +37,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "patch_codec": check_patch_codec,
     "denoiser": check_denoiser,
     "mask_decoder": check_mask_decoder,
+    "output_connector": check_output_connector,
     "objective": check_objective,
 }
 
