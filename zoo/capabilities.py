@@ -8,6 +8,7 @@ batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
@@ -263,6 +264,34 @@ class SegmentImages(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class MaskedText:
+    """An answer that names targets, with the mask of each.
+
+    Attributes:
+        text: The answer; ``[1]``, ``[2]``, ... stand where it names a target.
+        masks: [K, H, W] bool of the image's own size, in that order; K may be 0.
+        phrases: The words before each of them.
+        scores: How sure the model is of each, from 0 to 1: the mean probability inside the mask.
+    """
+
+    text: str
+    masks: Tensor
+    phrases: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+
+
+@runtime_checkable
+class SegmentInText(Protocol):
+    """Answers questions about images in texts whose targets have masks, any number of them."""
+
+    def segment(
+        self, images: Sequence[ImageLike], prompts: Sequence[str], max_new_tokens: int = 64
+    ) -> list[MaskedText]:
+        """Return one answer an image; one image and one prompt (a str) give that answer itself."""
+        ...
+
+
 CAPABILITIES: dict[str, type] = {
     "embed_images": EmbedImages,
     "embed_texts": EmbedTexts,
@@ -280,6 +309,7 @@ CAPABILITIES: dict[str, type] = {
     "edit_images": EditImages,
     "generate_interleaved": GenerateInterleaved,
     "segment_images": SegmentImages,
+    "segment": SegmentInText,
 }
 """Capability name (its method's name) -> Protocol."""
 

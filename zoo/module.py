@@ -307,7 +307,7 @@ FORWARDED = frozenset(
         "embed_images", "embed_texts", "embed", "match", "match_pairs", "match_logits", "grounding", "generate_text",
         "score_text", "score_candidates", "score_plain_text",
         "generate_images", "inpaint_images", "edit_images", "generate_interleaved",
-        "segment_images", "image_features", "text_features", "text_logits", "token_logits",
+        "segment_images", "segment", "image_features", "text_features", "text_logits", "token_logits",
         "classify", "classify_samples", "example_samples", "labels",
         "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",
     }

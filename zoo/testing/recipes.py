@@ -130,6 +130,8 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
         "reconstruct_images": lambda rows: module.reconstruct_images(images[rows]),
         "generate_images": lambda rows: module.generate_images(TEXTS[rows], seed=3),
         "inpaint_images": lambda rows: module.inpaint_images(images[rows], masks()[rows], TEXTS[rows], seed=3),
+        "segment_images": lambda rows: module.segment_images(images[rows], TEXTS[rows]),
+        "segment": lambda rows: module.segment(images[rows], TEXTS[rows], 4),
         "edit_images": lambda rows: module.edit_images(images[rows], TEXTS[rows], seed=3),
         "generate_interleaved": lambda rows: module.generate_interleaved(
             [[text, image] for text, image in zip(TEXTS[rows], images[rows], strict=True)],
@@ -157,6 +159,9 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
             expect(torch.equal(before, torch.get_rng_state()), f"{what}: {name} moves the global random state")
             _check_drawn(together, alone, calls[name](slice(None)), f"{what}: {name}")
             continue
+        if name in ("segment", "segment_images"):
+            _check_masks(together, alone, images, f"{what}: {name}")
+            continue
         if isinstance(together, list):
             expect(together[:1] == alone, f"{what}: {name}: row 0 depends on what shares its batch")
             continue
@@ -173,6 +178,27 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
             diagonal = module.score_candidates(images, [TEXTS] * 3).diagonal()
             close(diagonal, scores, f"{what}: score_candidates differs from score_text")
     module.eval()
+
+
+def _check_masks(together: Any, alone: Any, images: Any, what: str) -> None:
+    """Masks [H, W] bool of the images' own sizes, or answers with [K, H, W] of them; a row is the same alone."""
+    import torch
+
+    for answer, image in zip(together, images, strict=True):
+        masks = answer if isinstance(answer, torch.Tensor) else answer.masks
+        size = (image.height, image.width)
+        expect(
+            masks.dtype == torch.bool and tuple(masks.shape[-2:]) == size,
+            f"{what} returns {masks.dtype} {tuple(masks.shape)} for an image of {size} (height, width)",
+        )
+        expect(masks.ndim == (2 if masks is answer else 3), f"{what} returns masks of shape {tuple(masks.shape)}")
+    first, same = together[0], alone[0]
+    if not isinstance(first, torch.Tensor):
+        expect(first.text == same.text, f"{what}: row 0 depends on what shares its batch")
+        first, same = first.masks, same.masks
+    expect(first.shape == same.shape, f"{what}: row 0 depends on what shares its batch")
+    share = float((first != same).float().mean()) if first.numel() else 0.0  # a pixel on the edge may turn by rounding
+    expect(share < 1e-3, f"{what}: row 0 depends on what shares its batch")
 
 
 DRAWING = ("generate_images", "inpaint_images", "edit_images", "generate_interleaved")
