@@ -98,6 +98,7 @@ class Stories(Derived):
 
     name = "openmoji-stories"
     what = "stories"
+    sides: ClassVar[tuple[int, ...]] = SIDES
 
     def __init__(self, config: StoriesConfig, size: int = DEFAULT_SIZE) -> None:
         self.config = config
@@ -137,14 +138,14 @@ class Stories(Derived):
 
     def _opening(self, pool: IconPool, stream: Stream) -> Scene:
         """Draw the character alone, small enough that others fit beside it."""
-        row, size = pool.kinds(stream, 1)[0], stream.choice(SIDES)
+        row, size = pool.kinds(stream, 1)[0], stream.choice(self.sides)
         x, y = stream.below(UNITS - size + 1), stream.below(UNITS - size + 1)
         background = "white" if self.config.background == "white" else stream.choice(tuple(BACKGROUNDS))
         return Scene((Placed(pool.icons[row], pool.names[row], x, y, size),), background=background)
 
     @property
     def starts(self) -> tuple[int, ...]:
-        return SIDES
+        return self.sides
 
     def _told(self, opening: Scene, count: int, pool: IconPool, stream: Stream) -> Story | None:
         """Draw what happens; None where a frame allows nothing new."""
