@@ -35,4 +35,10 @@ DENOISERS = (
         "dit-xl", "DiT-XL/2 with cross-attention on the condition, PixArt-alpha's size: 28 blocks of width 1,152",
         width=1152, depth=28, heads=16,
     ),
+    Component(
+        kind="wiring",
+        name="latent-diffusion",
+        ref="zoo.models.latent_diffusion:LatentDiffusionConfig",
+        summary="a text encoder, a denoiser that reads its tokens, and the autoencoder in whose latents it works",
+    ),
 )  # fmt: skip

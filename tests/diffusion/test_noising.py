@@ -281,7 +281,7 @@ def test_wrong_samplers_are_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="choose midpoint or euler or rk45"):
         denoise(Flow(), lambda x, t: x, draws(1, 1, 1, 1), Denoising(sampler="ddim"))
     with pytest.raises(ConfigError, match="choose ddpm or ddim"):
-        Denoising(sampler="euler").of(DDPM())
+        Denoising(sampler="midpoint").of(DDPM())
     with pytest.raises(ConfigError, match="one generator an item"):
         denoise(DDPM(), lambda x, t: x, draws(1, 1, 1, 1), Denoising(sampler="ddpm", steps=2))
     with pytest.raises(ConfigError, match="steps = 0"):

@@ -7,6 +7,7 @@ flow_matching); diffusers' flow schedulers count the other way.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -63,18 +64,26 @@ class DDPM(Process):
             ``scaled_linear`` (linear in the root, 0.00085 to 0.012, as Stable Diffusion).
         prediction: ``epsilon``, ``v_prediction`` (sqrt(abar) eps - sqrt(1 - abar) x_0, arXiv 2202.00512) or ``sample``
             (x_0).
+        zero_snr: Betas rescaled so that the last level is noise alone (arXiv 2305.08891, algorithm 1); draw with
+            ``trailing`` steps then, which begin there.
     """
 
     schedule: str = "squaredcos_cap_v2"
     prediction: str = "epsilon"
+    zero_snr: bool = False
 
-    samplers = ("ddpm", "ddim")
+    samplers = ("ddpm", "ddim", "dpm-solver", "euler", "pndm")
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule = {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction = {self.prediction!r} must be one of {', '.join(PREDICTIONS)}")
+        if self.zero_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "zero_snr = true leaves noise alone at the last level, of which predicted noise tells no image: set"
+                " prediction=v_prediction or sample"
+            )
 
     def fields(self) -> dict[str, Any]:
         """What diffusers' schedulers are made with; latents are never clipped."""
@@ -85,6 +94,7 @@ class DDPM(Process):
             "beta_start": low,
             "beta_end": high,
             "prediction_type": self.prediction,
+            "rescale_betas_zero_snr": self.zero_snr,
             "clip_sample": False,
         }
 
@@ -114,6 +124,11 @@ class DDPM(Process):
     def level(self, time: Tensor) -> Tensor:
         return time.float()
 
+    def snr(self, level: Tensor) -> Tensor:
+        """Signal to noise, abar / (1 - abar), at noise levels [N]: [N] float32, 0 where all is noise."""
+        share: Tensor = self._alone(level).alphas_cumprod.to(level.device)[level.long()]  # [N]
+        return share / (1 - share)
+
     def _alone(self, like: Tensor) -> DDPMScheduler:
         """The scheduler, or where ``like`` has no values one of its own: diffusers moves its table to the input's
         device and leaves it there."""
@@ -142,3 +157,31 @@ class Flow(Process):
 
     def level(self, time: Tensor) -> Tensor:
         return (1 - time) * LEVELS
+
+
+EVALUATED = 0
+"""Seed of times and noise outside training: losses of different models and seeds are then of the same noise."""
+
+
+def times_and_noise(
+    process: Process, clean: Tensor, batch: Mapping[str, Tensor], training: bool, limit: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A time [N] and noise [N, C, h, w] for each of the clean latents [N, C, h, w].
+
+    From torch's global stream in training, always alike otherwise; or those the batch brings: ``image_time`` [N], a
+    time of the process, and ``image_noise`` [N, C, h, w].
+
+    Args:
+        limit: [N] in (0, 1], the largest share of the noise levels that an image may get; None = all of them.
+    """
+    noise, time = batch.get("image_noise"), batch.get("image_time")
+    if noise is not None and time is not None and len(time):  # a batch without images draws for its blank one
+        return time, noise
+    count, device = len(clean), clean.device
+    generator = None if training else torch.Generator().manual_seed(EVALUATED)
+    where = device if training else torch.device("cpu")
+    if device.type == "meta":
+        generator, where = None, device
+    uniform = torch.rand(count, generator=generator, device=where).to(device)
+    noise = torch.randn(clean.shape, generator=generator, device=where).to(clean)
+    return process.times(uniform, torch.ones_like(uniform) if limit is None else limit), noise

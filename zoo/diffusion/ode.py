@@ -29,18 +29,24 @@ _STAGES: tuple[tuple[float, ...], ...] = (
 _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
-def euler(field: Field, x: Tensor, steps: int) -> Tensor:
-    """``steps`` equal steps of first order from time 0 to 1."""
-    for n in range(steps):
+After = Callable[[Tensor, float], Tensor]
+"""Items at the end of a step and its time -> the items that the next step starts from."""
+
+
+def euler(field: Field, x: Tensor, steps: int, *, first: int = 0, after: After | None = None) -> Tensor:
+    """Equal steps of first order from time ``first / steps`` to 1."""
+    for n in range(first, steps):
         x = x + field(x, _times(x, n / steps)) / steps
+        x = x if after is None else after(x, (n + 1) / steps)
     return x
 
 
-def midpoint(field: Field, x: Tensor, steps: int) -> Tensor:
-    """``steps`` equal steps of second order from time 0 to 1, two evaluations each."""
-    for n in range(steps):
+def midpoint(field: Field, x: Tensor, steps: int, *, first: int = 0, after: After | None = None) -> Tensor:
+    """Equal steps of second order from time ``first / steps`` to 1, two evaluations each."""
+    for n in range(first, steps):
         half = x + field(x, _times(x, n / steps)) / (2 * steps)
         x = x + field(half, _times(x, (n + 0.5) / steps)) / steps
+        x = x if after is None else after(x, (n + 1) / steps)
     return x
 
 

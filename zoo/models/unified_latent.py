@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo.data.sequences import layout_of, next_targets, style
 from zoo.decoders.base import Decoder, DecoderConfig
-from zoo.diffusion.noising import DDPM, Process
+from zoo.diffusion.noising import DDPM, Process, times_and_noise
 from zoo.errors import ConfigError
 from zoo.layout import TokenBatch
 from zoo.models.base import Model
@@ -27,9 +27,6 @@ from zoo.tokenizers.base import BaseTokenizerConfig, LatentTokenizer
 
 STEPS_OF_A_SCALE = 50
 """Steps of drawing where a ``scale`` makes a model small: a fifth of the paper's 250."""
-
-EVALUATED = 0
-"""Seed of times and noise outside training: losses of different models and seeds are then of the same noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +135,9 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
         noise_limit: Largest share of the noise levels for images that stand before their caption.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"hidden", "targets", "prediction", "denoising_target", "noised"})
+    provides: ClassVar[frozenset[str]] = frozenset(
+        {"hidden", "targets", "prediction", "denoising_target", "noised", "level"}
+    )
     reads_image_codes: ClassVar[bool] = True
 
     def __init__(
@@ -195,7 +194,8 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
 
         Returns:
             ``hidden`` [B, T, width]; ``targets`` [B, T], the id each row should predict; ``prediction`` and
-            ``denoising_target`` [N, C, h, w]; ``noised`` [N] bool, the images that have a loss.
+            ``denoising_target`` [N, C, h, w]; ``noised`` [N] bool, the images that have a loss; ``level`` [N], their
+            noise.
         """
         ids, slots = batch["input_ids"], batch["image_slots"]
         embeds = self.decoder.embed(ids.masked_fill(slots, 0))  # [B, T, D]
@@ -220,13 +220,14 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
         prediction = self.patch_codec.decode(states, skips, level, (grid[0], grid[1]))  # [N, C, h, w]
         if not count:
             hidden = hidden + 0.0 * prediction.sum()
-            prediction, target, given = prediction[:0], target[:0], given[:0]
+            prediction, target, given, level = prediction[:0], target[:0], given[:0], level[:0]
         return {
             "hidden": hidden,
             "targets": next_targets(batch["labels"]),
             "prediction": prediction,
             "denoising_target": target,
             "noised": ~given,
+            "level": level,
         }
 
     def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -249,17 +250,9 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
 
     def _noised(self, batch: Mapping[str, Tensor], clean: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy latents, their levels [N], and what is to be predicted of them."""
-        count, device = len(clean), clean.device
-        noise, time = batch.get("image_noise"), batch.get("image_time")
-        if noise is None or time is None or not len(time):  # a batch without images draws for its blank one
-            generator = None if self.training else torch.Generator().manual_seed(EVALUATED)
-            where = device if self.training else torch.device("cpu")
-            if device.type == "meta":
-                generator, where = None, device
-            uniform = torch.rand(count, generator=generator, device=where).to(device)
-            noise = torch.randn(clean.shape, generator=generator, device=where).to(clean)
-            first = batch["image_first"] if len(batch["image_first"]) == count else given
-            time = self.process.times(uniform, torch.where(first, self.noise_limit, 1.0))
+        first = batch["image_first"] if len(batch["image_first"]) == len(clean) else given
+        limit = torch.where(first, self.noise_limit, 1.0)
+        time, noise = times_and_noise(self.process, clean, batch, self.training, limit)
         noisy = self.process.corrupt(clean, noise, time)
         level = self.process.level(time)
         kept = given[:, None, None, None]

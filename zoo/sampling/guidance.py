@@ -58,6 +58,20 @@ def mixed(predictions: Tensor, weights: Sequence[float]) -> Tensor:
     return total
 
 
+def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """A guided prediction brought towards the deviation of the conditional one, whose images guidance else overexposes
+    (arXiv 2305.08891, section 3.4, equations 15 and 16).
+
+    Args:
+        guided: ``[B, ...]``.
+        conditional: ``[B, ...]``, its branch with the condition.
+        share: phi, 0 (as it is) to 1 (the same standard deviation, item by item).
+    """
+    over = list(range(1, guided.ndim))
+    matched = guided * (conditional.std(over, keepdim=True) / guided.std(over, keepdim=True))
+    return share * matched + (1 - share) * guided
+
+
 class Cut(Protocol):
     """What narrows a distribution (``zoo.sampling.text.Decoding``, ``zoo.sampling.codes.CodeDecoding``)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from zoo.part import seeded
@@ -48,9 +49,9 @@ def check_denoiser(name: str, *, scale: str | None = "tiny") -> None:
     time = torch.tensor([0.0, 400.0, 999.0])
     pooled = torch.randn(3, POOLED, generator=generator) if module.pooled_width else None
 
-    def run(m: Any, rows: slice = slice(None), **other: Tensor) -> Tensor:
+    def run(m: Any, rows: slice = slice(None), *, other: Mapping[str, Tensor] | None = None) -> Tensor:
         given = {"latents": latents, "time": time, "condition": condition, "condition_mask": mask, "pooled": pooled}
-        prediction: Tensor = m(**{key: None if v is None else v[rows] for key, v in {**given, **other}.items()})
+        prediction: Tensor = m(**{key: None if v is None else v[rows] for key, v in {**given, **(other or {})}.items()})
         return prediction
 
     with torch.no_grad():
@@ -58,7 +59,7 @@ def check_denoiser(name: str, *, scale: str | None = "tiny") -> None:
     expect(prediction.shape == latents.shape, f"{what}: a prediction of shape {tuple(prediction.shape)} for latents of"
            f" {tuple(latents.shape)}")  # fmt: skip
     learned = condition.clone().requires_grad_()
-    weighted = (run(module, condition=learned) * torch.randn(prediction.shape, generator=generator)).mean()
+    weighted = (run(module, other={"condition": learned}) * torch.randn(prediction.shape, generator=generator)).mean()
     check_gradients(module, weighted, what)
     seen = torch.zeros_like(condition) if learned.grad is None else learned.grad
     expect(bool((seen.abs().amax(2) > 0)[mask].all()), f"{what}: no gradient reaches the condition")
@@ -67,7 +68,12 @@ def check_denoiser(name: str, *, scale: str | None = "tiny") -> None:
         check_reload(module, build, run, what)
         close(prediction[:1], run(module, slice(0, 1)), f"{what}: row 0 depends on what shares its batch", 1e-5)
         hidden = torch.where(mask[..., None], condition, condition + 10)
-        close(prediction, run(module, condition=hidden), f"{what}: what the mask hides makes a difference", 1e-5)
+        close(
+            prediction,
+            run(module, other={"condition": hidden}),
+            f"{what}: what the mask hides makes a difference",
+            1e-5,
+        )
         short = module(latents[1:2], time[1:2], condition[1:2, :5], None, None if pooled is None else pooled[1:2])
         close(prediction[1:2], short, f"{what}: a shorter condition differs from a masked one", 1e-4)
         others: dict[str, dict[str, Tensor]] = {"condition": {"condition": condition.flip(0)}}
@@ -75,7 +81,7 @@ def check_denoiser(name: str, *, scale: str | None = "tiny") -> None:
         if pooled is not None:
             others["pooled vector"] = {"pooled": pooled.flip(0)}
         for key, other in others.items():
-            moved = float((run(module, **other)[0] - prediction[0]).abs().max())
+            moved = float((run(module, other=other)[0] - prediction[0]).abs().max())
             expect(moved > 1e-4, f"{what}: the {key} makes no difference ({moved:.2g})")
         _check_processors(module, lambda: run(module), prediction, what)
 
