@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ def build(
     scale: str | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-    init: str | Path | None = None,
+    init: str | Path | Sequence[str | Path] | None = None,
     **changes: Any,
 ) -> ZooModule:
     """Build a model with new weights.
@@ -38,8 +38,9 @@ def build(
         seed: Seed of all initial weights; every part draws from its own stream, so exchanging one leaves the others
             bit-equal.
         options: Changes by dotted path, ``{"encoder.width": 96}``.
-        init: A run directory or checkpoint of another model, whose weights are taken over as far as both have them; the
-            module's ``load_report`` tells what was dropped and what is new.
+        init: A run directory or checkpoint of another model, whose weights are taken over as far as both have them, or
+            a list of several, of which a later one wins; the module's ``load_report`` tells what was dropped and what
+            is new.
         changes: Parts by name (``connector="mlp"``), or fields of parts (``connector={"depth": 3}``); also
             ``stages="joint"``.
 
@@ -53,10 +54,11 @@ def build(
     return build_module(resolve(model, choices=choices, values=values, scale=scale), seed, init)
 
 
-def build_module(recipe: Recipe, seed: int, init: str | Path | None = None) -> ZooModule:
+def build_module(recipe: Recipe, seed: int, init: str | Path | Sequence[str | Path] | None = None) -> ZooModule:
     """Build a resolved recipe: parts from their own random streams, then the objectives' modules from theirs.
 
-    ``init`` is a run directory or checkpoint whose weights the model starts from (``zoo.weights.start``).
+    ``init`` is a run directory or checkpoint whose weights the model starts from (``zoo.weights.start``), several in a
+    list or joined by ``" + "``.
     """
     from zoo.module import ZooModule
     from zoo.part import seeded
@@ -65,9 +67,11 @@ def build_module(recipe: Recipe, seed: int, init: str | Path | None = None) -> Z
     model = wiring.build(recipe.parts, seed)
     report = None
     if init:
-        from zoo.weights.start import start_from
+        from zoo.run_config import starts
+        from zoo.weights.start import joined, start_from
 
-        report = start_from(model, init, recipe.model)
+        found = starts(str(init)) if isinstance(init, str | Path) else [str(path) for path in init]
+        report = joined([start_from(model, path, recipe.model) for path in found], model)
     with seeded(seed, "objectives"):
         module = ZooModule(model, recipe)  # its momentum copy starts from these weights too
     if report is not None:

@@ -95,12 +95,19 @@ class EvaluationConfig(PartConfig):
     )
 
 
+def starts(init: str) -> list[str]:
+    """The paths of an ``init``, in order."""
+    return [path for part in init.split(" + ") if (path := part.strip())]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run. ``to_plain`` is what run.yaml holds; its hash names the run directory.
 
     Attributes:
         lr_factor: What every learning rate of the recipe is multiplied by; ``tune`` chooses it.
+        init: A run directory or checkpoint whose weights training starts from; several joined by ``" + "``, of which a
+            later one wins where two have a tensor.
     """
 
     recipe: Recipe
@@ -111,7 +118,7 @@ class RunConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    init: str = ""  # a run directory or checkpoint whose weights training starts from
+    init: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr_factor < math.inf:
@@ -147,9 +154,9 @@ class RunConfig:
         default = to_plain(registry.parse(self.data["name"], {}, "data"))
         now = to_plain(registry.parse(self.data["name"], values, "data"))
         shown = [f"+data.{key}={json.dumps(now[key])}" for key in SHOWN_DATA if now.get(key) != default.get(key)]
-        start = Path(self.init)
-        model = (start.parent if start.name.startswith("seed=") else start).name.split("+")[0]
-        started = [f"+init={model}"] if self.init else []
+        paths = [Path(start) for start in starts(self.init)]
+        models = [(path.parent if path.name.startswith("seed=") else path).name.split("+")[0] for path in paths]
+        started = [f"+init={'+'.join(models)}"] if models else []
         return self.recipe.name + "".join([*shown, *started])
 
     def to_plain(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@
       seed: [0, 1, 2]
     sweeps:                     where not every combination makes sense: parts, each with axes (lists) and settings
       - {model: [show-o, chameleon], init: "@codes"}
-      - {model: [transfusion], init: "@latents"}
+      - {model: [transfusion], init: "@latents"}        # "@eye + @latents" starts from both
     first:                      name -> overrides of a run that is trained before; "@name" stands for its directory
       codes: [model=lfq-tokenizer, budget.value=1500]
 
@@ -20,6 +20,7 @@ from typing import Any
 from zoo.errors import ConfigError, near
 from zoo.plugin import catalogue
 from zoo.recipe_files import read_yaml
+from zoo.run_config import starts
 
 PASSED_ON = ("scale", "out", "trainer")
 """Keys of a command that its first runs share, unless they write their own."""
@@ -124,7 +125,8 @@ def references(plain: Any) -> list[str]:
     """Names of first runs (``"@name"``) that a composed configuration's ``init`` and ``evaluation`` hold, in order."""
     if isinstance(plain, Mapping):
         return [name for value in plain.values() for name in references(value)]
-    return [plain[1:]] if isinstance(plain, str) and plain.startswith("@") and len(plain) > 1 else []
+    parts = starts(plain) if isinstance(plain, str) else []
+    return [part[1:] for part in parts if part.startswith("@") and len(part) > 1]
 
 
 def placed(plain: Any, places: Mapping[str, str]) -> Any:
@@ -139,5 +141,6 @@ def placed(plain: Any, places: Mapping[str, str]) -> Any:
         if name not in places:
             known = ", ".join(f"@{place}" for place in places) or "none"
             raise ConfigError(f"'@{name}': the experiment has no first run of this name; known: {known}")
-        return places[name]
+    if references(plain):
+        return " + ".join(places[part[1:]] if part.startswith("@") else part for part in starts(plain))
     return plain

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.errors import ConfigError, RunError, ZooError
-from zoo.run_config import RunConfig
+from zoo.run_config import RunConfig, starts
 
 
 @dataclass
@@ -33,10 +33,11 @@ def check_offline(config: RunConfig, pending: Collection[str] = ()) -> None:
     from zoo.plugin import catalogue
 
     check_cacheable(config)
-    if config.init and config.init not in pending:
-        from zoo.weights.start import checkpoint_of
+    for start in starts(config.init):
+        if start not in pending:
+            from zoo.weights.start import checkpoint_of
 
-        checkpoint_of(config.init)
+            checkpoint_of(start)
     ready = {name: v for name, v in config.evaluation.tasks.items() if not set(map(str, v.values())) & set(pending)}
     check_tasks([catalogue()["task"].parse(name, v, name).build() for name, v in ready.items()])
     source = open_source(config)

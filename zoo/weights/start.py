@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,25 @@ def start_from(network: Model, source: str | Path, model: str | None = None) -> 
         ignored=sorted({*left, *read.ignored}),
         dropped=(*shortest(left, [n for n in state if n in taken]), *_modules(read.ignored)),
         started_new=shortest(new, [n for n in own if n not in set(new)]),
+    )
+
+
+def joined(reports: Sequence[StartReport], network: Model) -> StartReport:
+    """What several starts, one after the other, come to."""
+    if len(reports) == 1:
+        return reports[0]
+    loaded = sorted({name for report in reports for name in report.loaded})
+    new = sorted(set.intersection(*(set(report.new) for report in reports)))
+    return StartReport(
+        source=" + ".join(report.source for report in reports),
+        form=reports[-1].form,
+        loaded=loaded,
+        renamed=sum(report.renamed for report in reports),
+        new=new,
+        resized=sorted({name for report in reports for name in report.resized}),
+        ignored=sorted({name for report in reports for name in report.ignored}),
+        dropped=tuple(dict.fromkeys(path for report in reports for path in report.dropped)),
+        started_new=shortest(new, [name for name in network.state_dict() if name not in set(new)]),
     )
 
 

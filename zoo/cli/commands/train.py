@@ -15,7 +15,7 @@ from zoo.cli.jobs import Outcome, check_offline, outcome_of, prepare_folder, rec
 from zoo.cli.tune import TRIALS, TuneConfig, adopt, checked, choose, trial, trials, tuned
 from zoo.errors import ConfigError, RunError, near
 from zoo.registry import parse
-from zoo.run_config import RunConfig
+from zoo.run_config import RunConfig, starts
 
 USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
 
@@ -31,6 +31,7 @@ USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
   trainer.devices=2 trainer.precision=bf16    how to run
   data=folder data.root=PATH                  your own images and captions
   init=RUN_OR_CHECKPOINT                      start from the weights of another model, as far as it has the same parts
+  init="RUN + RUN"                            of several; a later one wins where two have a part
   out=FOLDER                                  where run directories go (default: outputs)
 
 The same command goes on where an interrupted one stopped. --dry-run prints the resolved runs and stops.
@@ -236,7 +237,7 @@ def places(firsts: Mapping[str, Sweep]) -> dict[str, str]:
 def leaned_on(config: RunConfig) -> list[str]:
     """Run directories that a run starts from or is judged by."""
     fields = [str(value) for values in config.evaluation.tasks.values() for value in values.values()]
-    return [config.init, *fields]
+    return [*starts(config.init), *fields]
 
 
 def resolve(overrides: list[str], multirun: bool, places: Mapping[str, str]) -> Sweep:

@@ -25,7 +25,7 @@ def adapter(widths: tuple[int, int] = (768, 1280)) -> KeyMap:
             (f"unet_proj_1.{kind}", f"unet_proj_2.{kind}"),
             (f"proj_out.{kind}",),
             lambda t: (torch.cat(t),),
-            lambda t: tuple(part.contiguous() for part in t[0].split(widths)),
+            lambda t: tuple(part.contiguous() for part in torch.split(t[0], list(widths))),
         )
 
     return KeyMap(
