@@ -229,7 +229,7 @@ class _Layer:
         """
         rules, count = self.passes.consistency, len(cast.numbers)
         others = cast.reads[i] if joint else ()
-        if rules.window and rules.tiled == "layers" and joint:
+        if rules.window and rules.long == "layers" and joint:
             own = [w for w in windows(count, rules.window, rules.stride) if i in w]
             outs = [self._attend(cast, i, [j for j in others if j in w]) for w in own]
             return torch.stack(outs).mean(0)

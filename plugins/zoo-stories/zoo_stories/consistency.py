@@ -15,7 +15,7 @@ from zoo.part import derived_seed
 
 SAMPLING = ("random", "grid", "pool")
 EARLY = ("plain", "bank")
-TILED = ("passes", "layers")
+LONG = ("passes", "layers", "banks")
 AUTO = "auto"
 LATE_FROM = 20
 
@@ -39,8 +39,11 @@ class Consistency:
             (the release).
         window: Images that read each other at a time; 0 = all. Memory then does not grow with the story.
         stride: Images by which the window moves on; the paper's is 1.
-        tiled: What is done window by window and averaged where windows overlap: ``passes`` of the whole denoiser, or
-            ``layers`` (the paper), where all that is not attention takes the memory of the whole story.
+        long: What is done with a story of more images than ``window``. ``passes``: every pass of the denoiser goes over
+            it window by window, and predictions are averaged where windows overlap. ``layers`` (the paper's algorithm):
+            every such layer does so with its own output; what is no attention then takes the memory of the whole story.
+            ``banks`` (the release): a character's first images are drawn together and keep their tokens, later ones
+            read these.
         queries: Rows of the attention matrix that are computed at once, at most.
         seed: Of the draws.
     """
@@ -55,7 +58,7 @@ class Consistency:
     early: str = "plain"
     window: int = 0
     stride: int = 1
-    tiled: str = "passes"
+    long: str = "passes"
     queries: int = 1024
     seed: int = 0
 
@@ -67,7 +70,7 @@ class Consistency:
         for name, value, known in (
             ("sampling", self.sampling, SAMPLING),
             ("early", self.early, EARLY),
-            ("tiled", self.tiled, TILED),
+            ("long", self.long, LONG),
         ):
             if value not in known:
                 raise ConfigError(f"{name} = {value!r}{near(value, known)}; expected one of {', '.join(known)}")
@@ -132,7 +135,7 @@ def kept_below(uniform: Tensor, share: float) -> Tensor:
 def evenly(share: float, height: int, width: int) -> Tensor:
     """Places [k] of ``share`` of a grid's cells, evenly over it: every cell where the running total passes a whole
     number, each row beginning where the one above has its gaps."""
-    totals = torch.arange(1, width + 1)[None] * share + torch.arange(height)[:, None] * share * (width + 0.5)
+    totals = torch.arange(1, width + 1)[None] * share + torch.arange(height)[:, None] * (share * width + 0.5)
     before = totals - share
     # a whole number lies in (before, total]; the small term keeps totals such as 0.1 * 10 from missing theirs
     return ((totals + 1e-9).floor() > (before + 1e-9).floor()).flatten().nonzero().flatten()

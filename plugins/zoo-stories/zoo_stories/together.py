@@ -63,7 +63,7 @@ def consistent(denoiser: Denoiser, consistency: Consistency, passes: Passes | No
             passes.cast = cast
         return total / times.view(-1, *(1,) * (total.ndim - 1))
 
-    if consistency.window and consistency.tiled == "passes":
+    if consistency.window and consistency.long == "passes":
         denoiser.__dict__["forward"] = windowed
     try:
         yield passes
