@@ -40,6 +40,28 @@ class EmbedTexts(Protocol):
 
 
 @runtime_checkable
+class EmbedModalities(Protocol):
+    """Embeds items of several modalities in one space."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of what it embeds, ``image`` and ``text`` among them where it does."""
+        ...
+
+    def embed(self, modality: str, items: Sequence[Any]) -> Tensor:
+        """Return [N, D] float, rows of unit length.
+
+        Args:
+            items: What samples carry under this name.
+
+        Raises:
+            ConfigError: A modality that it does not embed.
+            DataError: An item that is no such thing, in one line.
+        """
+        ...
+
+
+@runtime_checkable
 class ScoreText(Protocol):
     """Gives the likelihood of a text for an image."""
 
@@ -126,6 +148,24 @@ class ClassifySamples(Protocol):
 
         Raises:
             DataError: A sample lacks it, or holds what cannot be read; nothing was computed by then.
+        """
+        ...
+
+    def example_samples(self, count: int) -> Sequence[Any]:
+        """Return ``count`` samples that the model can be asked about."""
+        ...
+
+
+@runtime_checkable
+class PredictSamples(Protocol):
+    """Predicts numbers of items of any modality, or labels of the elements that an item has."""
+
+    def predict_samples(self, samples: Sequence[Any]) -> Tensor:
+        """Return [N, C], the values of every item, or [N, T, C], a logit for every label of every element that the
+        model looks at.
+
+        Raises:
+            DataError: A sample lacks the modality, or holds what cannot be read; nothing was computed by then.
         """
         ...
 
@@ -295,6 +335,7 @@ class SegmentInText(Protocol):
 CAPABILITIES: dict[str, type] = {
     "embed_images": EmbedImages,
     "embed_texts": EmbedTexts,
+    "embed": EmbedModalities,
     "score_text": ScoreText,
     "score_candidates": ScoreTexts,
     "score_plain_text": ScorePlainText,
@@ -302,6 +343,7 @@ CAPABILITIES: dict[str, type] = {
     "match": Match,
     "classify": Classify,
     "classify_samples": ClassifySamples,
+    "predict_samples": PredictSamples,
     "image_codes": EncodeImages,
     "reconstruct_images": ReconstructImages,
     "generate_images": GenerateImages,

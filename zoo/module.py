@@ -304,11 +304,11 @@ class ZooModule(LightningModule):
 
 FORWARDED = frozenset(
     {
-        "embed_images", "embed_texts", "embed", "match", "match_pairs", "match_logits", "grounding", "generate_text",
-        "score_text", "score_candidates", "score_plain_text",
+        "embed_images", "embed_texts", "embed", "modalities", "match", "match_pairs", "match_logits", "grounding",
+        "generate_text", "score_text", "score_candidates", "score_plain_text",
         "generate_images", "inpaint_images", "edit_images", "generate_interleaved",
         "segment_images", "segment", "image_features", "text_features", "text_logits", "token_logits",
-        "classify", "classify_samples", "example_samples", "labels",
+        "classify", "classify_samples", "predict_samples", "example_samples", "labels",
         "image_codes", "reconstruct_images", "prepared_images", "codebook_size", "processor", "layouts",
     }
 )  # fmt: skip

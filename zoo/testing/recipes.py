@@ -119,6 +119,7 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
     calls: dict[str, Any] = {
         "embed_images": lambda rows: module.embed_images(images[rows]),
         "embed_texts": lambda rows: module.embed_texts(TEXTS[rows]),
+        "embed": lambda rows: module.embed("image", images[rows]),
         "score_text": lambda rows: module.score_text(images[rows], TEXTS[rows]),
         "score_candidates": lambda rows: module.score_candidates(images[rows], [TEXTS] * len(images[rows])),
         "score_plain_text": lambda rows: module.score_plain_text(TEXTS[rows]),
@@ -126,6 +127,7 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
         "match": lambda rows: module.match(images[rows], TEXTS[rows]),
         "classify": lambda rows: module.classify(images[rows], TEXTS[rows]),
         "classify_samples": lambda rows: module.classify_samples(module.example_samples(3)[rows]),
+        "predict_samples": lambda rows: module.predict_samples(module.example_samples(3)[rows]),
         "image_codes": lambda rows: module.image_codes(images[rows]),
         "reconstruct_images": lambda rows: module.reconstruct_images(images[rows]),
         "generate_images": lambda rows: module.generate_images(TEXTS[rows], seed=3),
@@ -168,7 +170,7 @@ def _check_capabilities(module: ZooModule, what: str) -> None:
         expect(not together.requires_grad, f"{what}: {name} returns a tensor with a graph")
         for _, (a, b) in pairs(together[:1], alone).items():
             close(a, b, f"{what}: {name}: row 0 depends on what shares its batch")
-        if name.startswith("embed_"):
+        if name.startswith("embed"):
             norm = together.norm(dim=-1)
             close(norm, torch.ones_like(norm), f"{what}: rows of {name} are not of unit length")
     if "score_text" in offered:
