@@ -14,7 +14,6 @@ from zoo.errors import WeightsError
 from zoo.recipe import Recipe, resolve
 from zoo.weights.formats import Official
 from zoo.weights.keymaps import KeyMap, clip_trunk, drop, load_into, rename
-from zoo.weights.keymaps.llava import LANGUAGE
 
 if TYPE_CHECKING:
     from zoo_grounding.clip_levels import CLIPLevels
@@ -50,6 +49,14 @@ DECODER = KeyMap(
     rename("model.mask_decoder.upsample_2x.{**}", "mask_decoder.upsample.{**}"),
     rename("model.mask_decoder.output_upscaling.{**}", "mask_decoder.upscale.{**}"),
     rename("model.mask_decoder.output_hypernetworks_mlps.0.{**}", "mask_decoder.hyper.{**}"),
+)
+
+LANGUAGE = KeyMap(
+    drop("{**}rotary_emb.inv_freq"),
+    rename("lm_head.weight", "decoder.lm.lm_head.weight"),
+    rename("model.embed_tokens.weight", "decoder.lm.model.embed_tokens.weight"),
+    rename("model.layers.{**}", "decoder.lm.model.layers.{**}"),
+    rename("model.norm.weight", "decoder.lm.model.norm.weight"),
 )
 
 
