@@ -13,10 +13,11 @@ import pytest
 
 from zoo.claims.claim import Claim
 from zoo.claims.measure import Measured, end_loss, over_seeds
-from zoo.claims.parity import crossing
+from zoo.claims.on_page import claims_html
 from zoo.claims.report import found, minutes, to_html, to_markdown
 from zoo.claims.verdict import Answer, answers, decide, p_value, side
-from zoo.compare.rundir import Run
+from zoo.compare.rundir import Run, find_runs
+from zoo.compare.scaling import crossing
 from zoo.compare.statistics import holm
 
 Runs = Any  # of conftest.py
@@ -387,3 +388,15 @@ def test_tables_hold_every_claim_and_escape_its_words(make_claim: Make, runs: Ru
     assert "`zoo claims run F11 --scale tiny --seeds 0,1,2`" in text
     assert "zoo claims run F10" in page
     assert "78.81 → 80.13 (read in a copy)" in page
+
+
+def test_a_page_shows_the_claims_whose_runs_are_on_it(make_claim: Make, runs: Runs, monkeypatch: Any) -> None:
+    claim = make_claim()
+    monkeypatch.setattr("zoo.claims.on_page.read_claims", lambda: [claim])
+    one, two = runs.arm("one", (0.3, 0.3, 0.3)), runs.arm("two", (0.6, 0.6, 0.6))
+    assert claims_html(find_runs([runs.out])) == ""  # nothing was claimed of them yet
+    runs.plan(claim, baseline=one, variant=two)
+    text = claims_html(find_runs([runs.out]))
+    assert 'id="claim-F10"' in text
+    assert "reproduced" in text
+    assert claims_html(find_runs([runs.out / "one"])) == ""  # an arm is missing from the page

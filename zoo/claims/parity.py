@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from zoo.claims.claim import Claim
 from zoo.compare.leaderboard import Row
 from zoo.compare.rundir import Run
-
-Point = tuple[float, float]
-"""What was spent, and the score."""
+from zoo.compare.scaling import Point, crossing
 
 
 @dataclass(frozen=True)
@@ -34,26 +31,6 @@ class Share:
     @property
     def text(self) -> str:
         return f"{'≤ ' if self.below else '≥ ' if self.above else ''}{self.share:.3g}"
-
-
-def crossing(curve: Sequence[Point], target: float, higher: bool) -> tuple[float, bool, bool]:
-    """Where a curve first has ``target``, in proportion on a logarithmic axis between its points.
-
-    Returns:
-        What is spent there, whether it is at most this (the first point has it), at least this (no point has it; then
-        that of the last).
-    """
-    sign = 1.0 if higher else -1.0
-    points = sorted(curve)
-    before: Point | None = None
-    for spent, score in points:
-        if sign * (score - target) >= 0:
-            if before is None:
-                return spent, True, False
-            share = (target - before[1]) / (score - before[1])
-            return math.exp(math.log(before[0]) + share * (math.log(spent) - math.log(before[0]))), False, False
-        before = spent, score
-    return points[-1][0], False, True
 
 
 def parities(

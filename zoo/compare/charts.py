@@ -25,6 +25,7 @@ from zoo.compare.plotting import (
     pixels,
     round_values,
     set_limits,
+    set_log_ticks,
     set_ticks,
     variable,
     write_labels,
@@ -71,6 +72,19 @@ class Trend:
 
     points: Sequence[tuple[float, float]]
     hollow: Sequence[bool]
+    label: str
+    series: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LawLine:
+    """Points of a family over compute, with ``front`` telling those its power law was fitted to, and the law between
+    the ends of the chart, as two points of a straight line; ``texts`` stand where the pointer rests."""
+
+    points: Sequence[tuple[float, float]]
+    front: Sequence[bool]
+    texts: Sequence[str]
+    law: tuple[tuple[float, float], tuple[float, float]] | None
     label: str
     series: int
 
@@ -226,6 +240,39 @@ def trends(
                     marker(axes, x, y, curve.series, hollow, f"tip{n}-{m}")
                     tips[f"tip{n}-{m}"] = f"{curve.label}: {y_text(y)} at {compact(x)}"
             ends.append((*spots[-1], curve.label))
+        write_labels(axes, sorted(ends, key=lambda end: end[1]), taken)
+        return tips
+
+    return draw(title, paint)
+
+
+def laws(curves: Sequence[LawLine], x_title: str, y_title: str, y_text: Format, title: str) -> str:
+    """Draw families over compute, both axes logarithmic: filled points lie on their front, lines are power laws."""
+    flat = [point for curve in curves for point in curve.points]
+    if not flat or any(x <= 0 or y <= 0 for x, y in flat):
+        return ""
+
+    def paint(figure: Figure) -> dict[str, str]:
+        axes = new_axes(figure, x_title, y_title)
+        set_limits(axes, [x for x, _ in flat], [y for _, y in flat], True, y_text)
+        low, high = (math.log10(v) for v in (min(y for _, y in flat), max(y for _, y in flat)))
+        pad = 0.12 * (high - low) or 0.05
+        axes.set_yscale("log")
+        axes.set_ylim(10 ** (low - pad), 10 ** (high + pad))
+        axes.minorticks_off()
+        set_log_ticks(axes.yaxis, *axes.get_ylim(), y_text)
+        if len(axes.get_yticks()) < 3:  # less than a decade has few round powers
+            set_ticks(axes.yaxis, *axes.get_ylim(), 5, y_text)
+        taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in (pixels(axes, *point) for point in flat)]
+        tips, ends = {}, []
+        for n, curve in enumerate(curves):
+            if curve.law is not None:
+                axes.plot(*zip(*curve.law, strict=True), color=STAND_IN[variable(curve.series)], lw=1.6, ls=DASHES[1])
+            for m, ((x, y), kept) in enumerate(zip(curve.points, curve.front, strict=True)):
+                marker(axes, x, y, curve.series, not kept, f"tip{n}-{m}")
+                tips[f"tip{n}-{m}"] = f"{curve.label}, {curve.texts[m]}: {y_text(y)} at {compact(x)}"
+            last = max((p for p, kept in zip(curve.points, curve.front, strict=True) if kept), default=curve.points[-1])
+            ends.append((*pixels(axes, *last), curve.label))
         write_labels(axes, sorted(ends, key=lambda end: end[1]), taken)
         return tips
 

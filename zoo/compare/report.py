@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from zoo.compare import characteristics_table, figures, models_section
+from zoo.compare import characteristics_table, figures, models_section, scaling_section
 from zoo.compare.characteristics import Characteristics
 from zoo.compare.latex import to_latex
 from zoo.compare.leaderboard import Leaderboard, Row, build_leaderboard
@@ -66,11 +66,15 @@ def write_report(board: Leaderboard, out: Path | str, command: str = "", now: da
     sweeps = find_sweeps(board.rows)
     series, labels = figures.colours(board.rows), short_labels(board.rows)
     swept = [(s, sweep_charts(s, series, labels)) for s in sweeps]
+    scaled = scaling_section.sections(board)
     described = f"\n## Models\n\n{characteristics_table.to_markdown(facts)}" if facts else ""
     texts = {
-        page: render(board, command, now or datetime.now(UTC), facts, swept),
+        page: render(board, command, now or datetime.now(UTC), facts, swept, scaled),
         page.with_suffix(".csv"): to_csv(board),
-        page.with_suffix(".md"): to_markdown(board) + sweeps_markdown(sweeps) + described,
+        page.with_suffix(".md"): to_markdown(board)
+        + sweeps_markdown(sweeps)
+        + scaling_section.to_markdown(scaled)
+        + described,
         page.with_suffix(".tex"): to_latex(board, facts),
         page.with_name(f"{page.stem}-differences.csv"): differences_csv(board),
     }
@@ -99,10 +103,13 @@ def render(
     now: datetime,
     facts: Mapping[str, Characteristics],
     swept: Sequence[tuple[Any, Sequence[tuple[Any, str]]]],
+    scaled: Sequence[scaling_section.Section] = (),
 ) -> str:
     """Return the HTML page. Everything that comes from runs is escaped; the page loads nothing."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
+
+    from zoo.claims.on_page import claims_html
 
     environment = Environment(
         loader=PackageLoader("zoo.compare", "."),
@@ -151,6 +158,10 @@ def render(
             )
             for one, pictures in swept
         ],
+        "scaling": scaled,
+        "scaling_heads": scaling_section.HEADS,
+        "scaling_note": scaling_section.NOTE,
+        "claims": claims_html([run for row in board.rows for run in row.runs]),
         "curves": figures.training(board, series, labels),
         "samples": outputs,
         "sampled": sampled,
