@@ -112,7 +112,6 @@ def grid(make_run: Callable[..., Path], tmp_path: Path) -> Path:
                         manifest={
                             "name": f"{model}+encoder.width={size}+wiring.share=2",
                             "model": model,
-                            "changed": [["encoder.width", str(size)], ["wiring.share", "2"]],
                             "hashes": {"data": "d", "evaluation": "e", "order": f"o{seed}", "budget": f"b{steps}"},
                         },
                         config={"budget": {"unit": "steps", "value": steps}},
@@ -128,7 +127,7 @@ def test_families_are_found_among_runs(grid: Path) -> None:
     assert set(found[0].points[0].scores) == {"0", "1"}
     runs = ((64, 100), (64, 300), (128, 100), (128, 300))
     assert [p.flops for p in found[0].points] == [1e6 * side * side * steps for side, steps in runs]
-    assert "encoder.width=64, 300 steps" in [p.label for p in found[0].points]
+    assert "scale tiny, encoder.width=64, 300 steps" in [p.label for p in found[0].points]
 
 
 def test_the_report_has_a_section(grid: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,12 +114,13 @@ class Parity:
 
 def family_name(run: Run) -> str:
     """The name of a run without the changes that are sizes."""
-    changed = run.manifest.get("changed")
-    model = str(run.manifest.get("model") or run.name.partition("+")[0])
-    if not isinstance(changed, Sequence) or isinstance(changed, str):
-        return run.name
-    kept = [(str(k), str(v)) for k, v in changed if str(k).rpartition(".")[2] not in SIZE_FIELDS]
-    return model + "".join(f"+{key}={value}" for key, value in kept)
+    return "+".join(part for part in run.name.split("+") if not _is_size(part))
+
+
+def _is_size(change: str) -> bool:
+    """Whether a part of a run's name changes a size, as ``encoder.width=64``."""
+    key, equals, _ = change.partition("=")
+    return bool(equals) and key.rpartition(".")[2] in SIZE_FIELDS
 
 
 def families(runs: Sequence[Run], task: str, metric: str, higher: bool) -> list[Family]:
@@ -289,10 +289,12 @@ def _points(runs: Sequence[Run], task: str, metric: str) -> tuple[Spent, ...]:
 
 
 def _label(run: Run) -> str:
-    changed: Any = run.manifest.get("changed") or []
-    sizes = [f"{key}={value}" for key, value in changed if str(key).rpartition(".")[2] in SIZE_FIELDS]
-    steps = run.number("cost", "steps")
-    return ", ".join([*sizes, *([f"{steps:.0f} steps"] if steps else [])])
+    """What is the point's own: ``scale tiny, encoder.width=64, 300 steps``."""
+    steps, scale = run.number("cost", "steps"), run.manifest.get("scale")
+    sizes = [part for part in run.name.split("+") if _is_size(part)]
+    return ", ".join(
+        [*([f"scale {scale}"] if scale else []), *sizes, *([f"{steps:.0f} steps"] if steps is not None else [])]
+    )
 
 
 def _levels(points: Sequence[Spent]) -> int:
