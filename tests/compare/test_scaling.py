@@ -3,6 +3,7 @@ laws are known."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -150,3 +151,18 @@ def test_runs_without_several_budgets_have_no_section(make_run: Callable[..., Pa
     assert 'id="scaling"' not in text
     assert 'id="claims"' not in text
     assert claims_html(find_runs([tmp_path / "outputs"])) == ""
+
+
+def test_the_page_says_what_it_does_not_draw(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_run("llava+connector=mlp", quality=0.3)
+    with (path / "curve.jsonl").open("a") as file:
+        for step in (400, 500):
+            line = {
+                "step": step,
+                "samples": step * 128,
+                "loss": 1.0,
+                **{f"extra{n:02}/x": 1.0 / step for n in range(14)},
+            }
+            file.write(json.dumps(line) + "\n")
+    text = make_report([tmp_path / "outputs"], tmp_path / "page.html").read_text()
+    assert "Not drawn: extra11/x, extra12/x, extra13/x" in text

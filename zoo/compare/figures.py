@@ -117,9 +117,9 @@ def differences(column: Column, board: Leaderboard, series: Colours, labels: Lab
     return charts.forest(bars, f"difference to {against}", text, title), len(found) - len(bars)
 
 
-def training(board: Leaderboard, series: Colours, labels: Labels) -> list[tuple[str, str, int]]:
-    """Draw one chart an objective: its name, the chart, and how many curves there are beyond those drawn. Runs without
-    a named objective show their loss."""
+def training(board: Leaderboard, series: Colours, labels: Labels) -> tuple[list[tuple[str, str, int]], list[str]]:
+    """Draw one chart an objective: its name, the chart, and how many curves there are beyond those drawn; also the
+    names of those that are not drawn. Runs without a named objective show their loss."""
     found: dict[str, list[charts.Line]] = {}
     rows = sorted(board.rows, key=lambda row: (not row.comparable, row.control))  # what may be compared is drawn first
     for row in rows:
@@ -133,12 +133,13 @@ def training(board: Leaderboard, series: Colours, labels: Labels) -> list[tuple[
                 ]
                 label = labels[row.name] + (f", seed {run.seed}" if len(row.runs) > 1 else "")
                 found.setdefault(name, []).append(charts.Line(points=points, label=label, series=series[row.name]))
-    ordered = sorted(found.items(), key=lambda item: ("/" in item[0], -len(item[1])))[:MOST_CHARTS]
+    ordered = sorted(found.items(), key=lambda item: ("/" in item[0], -len(item[1])))
+    left = [name for name, _ in ordered[MOST_CHARTS:]]
     drawn = [
         (name, charts.lines(curves[:MOST_CURVES], "samples seen", name, f"{name} while training"), len(curves))
-        for name, curves in ordered
+        for name, curves in ordered[:MOST_CHARTS]
     ]
-    return [(name, picture, max(0, count - MOST_CURVES)) for name, picture, count in drawn if picture]
+    return [(name, picture, max(0, count - MOST_CURVES)) for name, picture, count in drawn if picture], left
 
 
 def is_number(value: Any) -> bool:

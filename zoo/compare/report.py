@@ -133,6 +133,7 @@ def render(
     series = figures.colours(board.rows)
     labels = short_labels(board.rows)
     outputs, sampled = models_section.samples(board)
+    curves, curves_left = figures.training(board, series, labels)
     context: dict[str, Any] = {
         "board": board,
         "title": _title(board),
@@ -162,7 +163,9 @@ def render(
         "scaling_heads": scaling_section.HEADS,
         "scaling_note": scaling_section.NOTE,
         "claims": claims_html([run for row in board.rows for run in row.runs]),
-        "curves": figures.training(board, series, labels),
+        "curves": curves,
+        "curves_left": curves_left,
+        "unknown": [row.name for row in board.rows if row.name not in facts] if facts else [],
         "samples": outputs,
         "sampled": sampled,
         "models": models_section.models(board, facts),
