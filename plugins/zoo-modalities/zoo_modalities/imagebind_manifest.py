@@ -77,4 +77,25 @@ IMAGEBIND: tuple[Component, ...] = (
         ref="zoo_modalities.data.icons:ModalitiesConfig",
         summary="icons and names with derived views: spoken names, depth, thermal, clips, motion (simulated)",
     ),
+    Component(
+        kind="task",
+        name="emergent-retrieval",
+        ref="zoo_modalities.evaluation.emergent:EmergentRetrievalConfig",
+        summary="retrieval between modalities that were bound to images only, never to each other",
+    ),
+    Component(
+        kind="task",
+        name="emergent-classification",
+        ref="zoo_modalities.evaluation.emergent:EmergentClassificationConfig",
+        summary="items of any modality classified by the texts of classes",
+    ),
+    *(
+        Component(
+            kind="checkpoint",
+            name=name,
+            ref="zoo_modalities.imagebind.weights:from_state",
+            summary="the release's imagebind_huge.pth, by its own keys",
+        )
+        for name in ("imagebind", "imagebind-huge")
+    ),
 )

@@ -77,8 +77,13 @@ class Patches(nn.Module):
         return tuple((n - k) // s + 1 for n, k, s in zip(size, self.kernel, self.stride, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed ``[B, channels, [T,] H, W]`` to ``[B, 1 + patches, D]``; square maps of another size resize the
-        positions (bicubic), CLS keeps its own."""
+        """Embed ``[B, channels, [T,] H, W]`` to ``[B, 1 + patches, D]``; maps of another size resize the positions
+        (bicubic), CLS keeps its own."""
+        tokens = self.placed(x)
+        return tokens if self.norm is None else cast(Tensor, self.norm(tokens))
+
+    def placed(self, x: Tensor) -> Tensor:
+        """The tokens with their positions, before the last norm: what the release's pre-processor returns."""
         tokens: Tensor = self.patch(x).flatten(2).transpose(1, 2)  # [B, N, D]
         if self.patch_norm is not None:
             tokens = self.patch_norm(tokens)
@@ -89,8 +94,7 @@ class Patches(nn.Module):
             if len(grid) == 3 and grid[0] != 1:
                 raise ConfigError(f"{x.shape[2]} frames at once; the encoder reads {self.kernel[0]} a clip")
             table = resize_positions(table, self._plane(self.grid), self._plane(grid))
-        tokens = tokens + table
-        return tokens if self.norm is None else cast(Tensor, self.norm(tokens))
+        return tokens + table
 
     @staticmethod
     def _plane(grid: tuple[int, ...]) -> tuple[int, int]:

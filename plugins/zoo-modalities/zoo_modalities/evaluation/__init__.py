@@ -1,0 +1,1 @@
+"""Evaluation across modalities: pairs that were never trained."""
