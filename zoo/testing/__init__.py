@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config
+from zoo.testing.data_tokenizers import check_data_tokenizer
 from zoo.testing.denoisers import check_denoiser
 from zoo.testing.imports import check_imports
 from zoo.testing.mask_decoders import check_mask_decoder
@@ -28,6 +29,7 @@ __all__ = [
     "check_component",
     "check_config",
     "check_connector",
+    "check_data_tokenizer",
     "check_decoder",
     "check_denoiser",
     "check_encoder",

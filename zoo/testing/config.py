@@ -65,6 +65,10 @@ def base_of(kind: str) -> type[Any]:
         from zoo.denoisers.base import DenoiserConfig
 
         return DenoiserConfig
+    if kind == "data_tokenizer":
+        from zoo.data_tokenizers.base import DataTokenizerConfig
+
+        return DataTokenizerConfig
     if kind == "image_tokenizer":
         from zoo.tokenizers.base import BaseTokenizerConfig
 

@@ -57,7 +57,7 @@ def check_data_tokenizer(name: str, *, scale: str | None = "tiny") -> None:
     def run(m: Any, rows: slice = slice(None), batch: Mapping[str, Tensor] = collated) -> dict[str, Tensor]:
         made = m({key: value[rows] for key, value in batch.items()})
         real = made.mask if made.mask is not None else made.tokens.new_ones(made.tokens.shape[:2])
-        out = {"tokens": made.tokens * real[..., None], "mask": real}
+        out = {"tokens": made.tokens * real[..., None], "mask": real.float()}
         return out if made.positions is None else {**out, "positions": made.positions}
 
     with torch.no_grad():

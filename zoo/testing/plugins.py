@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from zoo.plugin import API, Plugin, catalogue, registered
 from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config, expect
+from zoo.testing.data_tokenizers import check_data_tokenizer
 from zoo.testing.denoisers import check_denoiser
 from zoo.testing.mask_decoders import check_mask_decoder
 from zoo.testing.output_connectors import check_output_connector
@@ -37,6 +38,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "patch_codec": check_patch_codec,
     "denoiser": check_denoiser,
     "mask_decoder": check_mask_decoder,
+    "data_tokenizer": check_data_tokenizer,
     "output_connector": check_output_connector,
     "objective": check_objective,
 }

@@ -291,7 +291,9 @@ def check_objective(name: str, *, model: str | None = None, scale: str = "tiny")
     check_config("objective", name)
     objective: Any = scaled("objective", name, scale).build()
     expect(isinstance(objective.needs, frozenset), f"{what}: needs must be a frozenset of output names")
-    for candidate in [model] if model else catalogue()["model"].names():
+    own, models = catalogue()["objective"].plugin(name), catalogue()["model"]
+    known = sorted(models.names(), key=lambda candidate: models.plugin(candidate) != own)  # its plugin's recipes first
+    for candidate in [model] if model else known:
         with contextlib.suppress(ConfigError):
             module = build_module(
                 resolve(candidate, choices={"objective": name}, values={"stages": "joint"}, scale=scale), 0
