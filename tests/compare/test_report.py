@@ -364,3 +364,14 @@ def test_masks_and_pictures_stand_side_by_side(make_run: Callable[..., Path], tm
         for part in ("mlp", "qformer")
         for key in ("mask", "reference mask")
     ]
+
+
+def test_what_all_rows_share_is_said_once(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    for connector in ("mlp", "linear"):
+        make_run(f"llava+connector={connector}+stages=joint", quality=0.3)
+    text, _ = read(make_report([tmp_path / "outputs"], tmp_path / "r", now=NOW))
+    assert 'All rows share <span class="change">stages=joint</span>, which their names leave out.' in text
+    table = text[text.index('class="sortable"') :]
+    first = table[table.index('<span class="name">') :].split("</th>")[0]
+    assert "connector=" in first
+    assert "stages=" not in first

@@ -141,6 +141,7 @@ def render(
         "date": now.strftime("%Y-%m-%d %H:%M UTC"),
         "series": series,
         "labels": labels,
+        "common": _common([row.name for row in board.rows]),
         "cards": _cards(board),
         "overview": [(task, [c for c in board.overview if c.task == task]) for task in board.tasks],
         "tasks": [(task, [c for c in board.columns if c.task == task]) for task in board.tasks],
@@ -200,6 +201,12 @@ def _title(board: Leaderboard) -> str:
     data = _config(models[0].runs[0], "data").get("name")
     count = f"{len(models)} models compared" if len(models) > 1 else "One model"
     return f"{count} on {data}" if data else count
+
+
+def _common(names: Sequence[str]) -> list[str]:
+    """The changes that stand in the name of every row, of several: no row differs by them."""
+    changes = [name.split("+")[1:] for name in names]
+    return [part for part in changes[0] if all(part in other for other in changes)] if len(names) > 1 else []
 
 
 def _config(run: Run, key: str) -> Mapping[str, Any]:
