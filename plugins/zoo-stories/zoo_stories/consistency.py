@@ -133,8 +133,8 @@ def kept_below(uniform: Tensor, share: float) -> Tensor:
 
 
 def evenly(share: float, height: int, width: int) -> Tensor:
-    """Places [k] of ``share`` of a grid's cells, evenly over it: every cell where the running total passes a whole
-    number, each row beginning where the one above has its gaps."""
+    """Places [k] of about ``share`` of a grid's cells, evenly over it: every cell where the running total passes a
+    whole number, each row beginning where the one above has its gaps."""
     totals = torch.arange(1, width + 1)[None] * share + torch.arange(height)[:, None] * (share * width + 0.5)
     before = totals - share
     # a whole number lies in (before, total]; the small term keeps totals such as 0.1 * 10 from missing theirs

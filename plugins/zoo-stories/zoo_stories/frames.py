@@ -38,7 +38,8 @@ class StoryFramesConfig(SourceConfig):
 
     With ``naming="kind"`` captions say "an animal icon" where a story shows a fox: nothing in the text of a frame tells
     which animal the story is about, so that images drawn each for itself differ in it, and only what they read of each
-    other can make it one. ``naming="icon"`` says "a fox icon".
+    other can make it one. ``naming="icon"`` says "a fox icon"; ``"both"`` gives both captions, for a judge that knows
+    both.
 
     ``kinds`` are some of animal, vehicle, food, heart, plant, face, joined by ``+``; of each there are ``per_kind``
     icons, the same in all splits; stories of val and test open with pictures that no training story opens with.
@@ -48,7 +49,7 @@ class StoryFramesConfig(SourceConfig):
     kind: ClassVar[str] = "story-frames"
     size: int | None = None
     frames: int = 4
-    naming: Literal["kind", "icon"] = "kind"
+    naming: Literal["kind", "icon", "both"] = "kind"
     kinds: str = "animal+vehicle+food+heart"
     per_kind: int = 6
     background: Literal["white", "coloured"] = "coloured"
@@ -100,9 +101,9 @@ class StoryFrames(Stories):
         check_split(split)
         return [f"{story}.{frame}" for story in super().ids(split) for frame in range(self.frames_config.frames)]
 
-    def caption(self, scene: Scene) -> str:
-        """Return one sentence to draw a scene from."""
-        if self.frames_config.naming == "icon":
+    def caption(self, scene: Scene, naming: str) -> str:
+        """Return one sentence to draw a scene from, that names its icons or their kinds."""
+        if naming == "icon":
             return prompt(scene)
         kinds = tuple(replace(placed, name=self.kind_of[placed.icon]) for placed in scene.objects)
         return prompt(replace(scene, objects=kinds))
@@ -118,7 +119,9 @@ class StoryFrames(Stories):
         scenes = self.story(name).scenes
         if not 0 <= frame < len(scenes):
             self.split_of(id)  # names the ids there are
-        captions = tuple(self.caption(scene) for scene in scenes)
+        naming = self.frames_config.naming
+        names = ("kind", "icon") if naming == "both" else (naming,)
+        captions = tuple(self.caption(scene, names[0]) for scene in scenes)
         who = scenes[0].objects[0]
         meta: dict[str, Any] = {
             "cluster": name,
@@ -129,7 +132,7 @@ class StoryFrames(Stories):
                 "frame": frame,
             },
         }
-        return Sample(id, None, (captions[frame],), meta)
+        return Sample(id, None, tuple(self.caption(scenes[frame], name) for name in names), meta)
 
     def sample(self, id: str) -> Sample:
         """Return the frame at ``size`` pixels."""
