@@ -16,6 +16,26 @@ def _dit(name: str, summary: str, **preset: Any) -> Component:
 
 
 DENOISERS = (
+    Component(
+        kind="text_encoder",
+        name="openclip-h-text",
+        ref="zoo.encoders.open_clip:OpenCLIPTextConfig",
+        preset={"width": 1024, "depth": 23, "heads": 16, "ffn": 4096, "quick_gelu": False},
+        summary="OpenCLIP ViT-H/14's text transformer without its last block, as Stable Diffusion 2 reads it",
+    ),
+    Component(
+        kind="text_encoder",
+        name="sdxl-text",
+        ref="zoo.encoders.clip_text_pair:CLIPTextPairConfig",
+        summary="CLIP ViT-L/14's and OpenCLIP ViT-bigG/14's text transformers side by side, before their last blocks",
+    ),
+    Component(
+        kind="image_tokenizer",
+        name="sd-vae-768",
+        ref="zoo.tokenizers.kl:KLConfig",
+        preset={"image_size": 768, "channels": 4, "scaling": 0.18215},
+        summary="Stable Diffusion's autoencoder for 768 pixels",
+    ),
     _unet("unet-sd15", "Stable Diffusion 1's U-Net, 0.86B: 320 to 1,280 channels, 8 heads a level"),
     _unet(
         "unet-sd21", "Stable Diffusion 2's U-Net, 0.87B: the same widths, heads 64 wide",

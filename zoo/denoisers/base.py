@@ -19,12 +19,14 @@ class Denoiser(nn.Module):
         channels: Of the latents, C.
         condition_width: Of the condition's tokens, D.
         pooled_width: Of the vector it reads beside them; 0 = it reads none.
+        reads_sizes: It is told the sizes of the image and of the picture that the image was cut from.
         net: The network underneath; one of diffusers' has attention processors.
     """
 
     channels: int
     condition_width: int
     pooled_width: int = 0
+    reads_sizes: bool = False
     net: nn.Module
 
     def forward(
@@ -44,8 +46,8 @@ class Denoiser(nn.Module):
             condition_mask: [N, S] bool, True = read; None reads all.
             pooled: [N, P], where ``pooled_width`` is above 0.
             size_ids: [N, 6], of a denoiser that reads sizes (SDXL, arXiv 2307.01952, section 2.2): height and width of
-                the original, top and left of the crop, height and width of the image, pixels; None = an image of the
-                latents' size that was not cropped.
+                the original, top and left of the crop, height and width of the image, pixels; None = an image that was
+                not cropped, of eight pixels a latent.
         """
         raise TypeError(f"{type(self).__name__} defines no forward")
 

@@ -110,6 +110,7 @@ class UNet(Denoiser):
 
         self.config, self.channels, self.condition_width = config, channels, condition_width
         self.pooled_width = pooled_width if config.reads_pooled else 0
+        self.reads_sizes = config.reads_pooled
         more: dict[str, Any] = {}
         if config.reads_pooled:
             more = {
@@ -148,17 +149,13 @@ class UNet(Denoiser):
         more: dict[str, Any] = {}
         if self.pooled_width:
             if size_ids is None:
-                size_ids = self.plain_sizes(latents)
+                height, width = (8 * side for side in latents.shape[-2:])
+                size_ids = latents.new_tensor([[height, width, 0, 0, height, width]]).expand(len(latents), -1)
             more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size_ids.to(latents.dtype)}
         out: Tensor = self.net(
             latents, time, encoder_hidden_states=condition, encoder_attention_mask=condition_mask, **more
         ).sample
         return out
-
-    def plain_sizes(self, latents: Tensor) -> Tensor:
-        """The sizes [N, 6] of images that were not cropped and whose latents, eight pixels wide, are given."""
-        height, width = (8 * side for side in latents.shape[-2:])
-        return latents.new_tensor([[height, width, 0, 0, height, width]]).expand(len(latents), -1)
 
     def attention_levels(self) -> dict[str, int]:
         levels = len(self.config.widths)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
 SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
+RANGED = ("linear", "scaled_linear")
+"""Schedules that are made from a first and a last beta."""
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 

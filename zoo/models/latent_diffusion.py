@@ -157,7 +157,9 @@ class Denoises(DrawsByDenoising, Model):
         time, noise = times_and_noise(self.process, clean, batch, self.training)
         level = self.process.level(time)
         noisy = self.process.corrupt(clean, noise, time)
-        prediction = self.denoiser(noisy, level, condition.tokens, condition.mask, condition.pooled)
+        prediction = self.denoiser(
+            noisy, level, condition.tokens, condition.mask, condition.pooled, self.size_ids(len(level))
+        )
         valid = batch.get("valid")
         return {
             "prediction": prediction,

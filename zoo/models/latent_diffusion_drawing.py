@@ -278,7 +278,7 @@ class DrawsByDenoising:
         """The images as the image tokenizer is shown them, [N, 3, H, W] float32 in [0, 1]."""
         shown = [torch.empty(0, 3, *self._size, device=self.device)]
         for start in range(0, len(images), CHUNK):
-            shown.append(self.image_config.shown(self._pixels(images[start : start + CHUNK])))
+            shown.append(self.image_config.shown(self._latent_pixels(images[start : start + CHUNK])))
         return torch.cat(shown)
 
     # -- latents ---------------------------------------------------------------------------------------------------
@@ -296,8 +296,16 @@ class DrawsByDenoising:
             condition = branches([condition, self.no_condition() if unconditional is None else unconditional])
         return draw_latents(
             self.denoiser, self.process, condition, way.how, way.mix, generators,
-            grid=self.image_config.grid, rescale=way.rescale, tell=way.tell, **more,
+            grid=self.image_config.grid, rescale=way.rescale, tell=way.tell,
+            size_ids=self.size_ids(len(condition.tokens)), **more,
         )  # fmt: skip
+
+    def size_ids(self, rows: int) -> Tensor | None:
+        """The sizes [rows, 6] of images that fill the canvas, where the denoiser reads such."""
+        if not self.denoiser.reads_sizes:
+            return None
+        side = self.image_config.image_size
+        return torch.tensor([[side, side, 0, 0, side, side]], device=self.device).expand(rows, -1)
 
     def _from_images(
         self, images: Sequence[ImageLike], texts: Sequence[str], way: _Way, seed: int, **more: Any
@@ -312,7 +320,7 @@ class DrawsByDenoising:
         with evaluating(self):  # type: ignore[arg-type]
             for start in range(0, len(images), CHUNK):
                 condition = self.condition(self._part(rows, start, CHUNK))
-                known = self.image_tokenizer.encode(self._pixels(images[start : start + CHUNK])).float()
+                known = self.image_tokenizer.encode(self._latent_pixels(images[start : start + CHUNK])).float()
                 here = None if unknown is None else unknown[start : start + CHUNK].to(self.device)
                 generators = streams(seed, start, len(known))
                 latents = self._latents(condition, None, way, generators, known=known, unknown=here, **more)
@@ -326,7 +334,8 @@ class DrawsByDenoising:
         shown: Tensor = self.image_config.shown(pixels)
         return shown
 
-    def _pixels(self, images: Sequence[ImageLike]) -> Tensor:
+    def _latent_pixels(self, images: Sequence[ImageLike]) -> Tensor:
+        """Images [N, 3, H, W] as the image tokenizer reads them."""
         like = next(self.image_tokenizer.parameters())
         pixels: Tensor = self.processor.encode_images(images)
         return pixels.to(like.device, like.dtype)

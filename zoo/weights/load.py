@@ -1,4 +1,4 @@
-"""Loading: from a zoo checkpoint, a transformers or open_clip folder, a bare file, or a hub id, to a model."""
+"""Loading: from a zoo checkpoint, another library's folder, a bare file, or a hub id, to a model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def load_model(
     network.reconfigure(recipe.stage_wiring(-1))
     report = _fill(network, checkpoint, _touched(stored, recipe), strict)
     saved = checkpoint.folder / TOKENIZER
-    if saved.is_dir() and hasattr(type(network), "tokenizer") and _same_tokenizer(stored, recipe):
+    own = (checkpoint.folder / RECIPE).is_file()  # pipelines of diffusers have a folder of that name as well
+    if own and saved.is_dir() and hasattr(type(network), "tokenizer") and _same_tokenizer(stored, recipe):
         from zoo.data.text import load_tokenizer
 
         setattr(network, "tokenizer", load_tokenizer(saved))  # noqa: B010  what has a tokenizer takes one
@@ -102,6 +103,10 @@ def _read(source: str | Path, model: str | None, strict: bool) -> _Checkpoint:
         from zoo.weights.formats.clip import from_open_clip
 
         official, state = from_open_clip(path), read_folder(path, stem_of(path))
+    elif (path / "model_index.json").is_file():
+        from zoo.weights.formats.diffusers_pipeline import read_pipeline
+
+        official, state = read_pipeline(path)
     elif (path / "config.json").is_file():
         config = read_json(path / "config.json")
         # a plugin's own released layout is read by the recipe's name, whatever its config.json calls itself
@@ -117,7 +122,8 @@ def _read(source: str | Path, model: str | None, strict: bool) -> _Checkpoint:
         official, state = from_release(path)
     else:
         raise WeightsError(
-            f"{str(path)!r} is no checkpoint: expected {RECIPE}, config.json or open_clip_config.json in it"
+            f"{str(path)!r} is no checkpoint: expected {RECIPE}, config.json, model_index.json or"
+            " open_clip_config.json in it"
         )
     mapped, unknown = state, list[str]()
     if official.keymap.rules:  # else already under our names

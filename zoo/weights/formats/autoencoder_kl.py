@@ -38,7 +38,12 @@ FIXED: dict[str, Any] = {
 
 
 def from_folder(config: Mapping[str, Any], folder: Path) -> Official:
-    """A folder of ``AutoencoderKL``; keys that ``config.json`` leaves out have that class's defaults.
+    """A folder of ``AutoencoderKL``; raises WeightsError for something that the zoo's autoencoder does not have."""
+    return _official(resolve("kl-tokenizer", values={"image_tokenizer": fields_of(config, folder)}))
+
+
+def fields_of(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Fields of ``KLConfig``; keys that ``config.json`` leaves out have the defaults of diffusers' class.
 
     Raises:
         WeightsError: Something in the configuration that the zoo's autoencoder does not have.
@@ -66,7 +71,7 @@ def from_folder(config: Mapping[str, Any], folder: Path) -> Official:
     scaling = float(config.get("scaling_factor", 0.18215))
     if scaling <= 0:
         raise WeightsError(f"config.json of {str(folder)!r}: scaling_factor = {scaling} must be above 0")
-    fields = {
+    return {
         "image_size": size,
         "patch_size": patch,
         "channels": int(config.get("latent_channels", 4)),
@@ -80,7 +85,6 @@ def from_folder(config: Mapping[str, Any], folder: Path) -> Official:
         "shift": float(config.get("shift_factor") or 0.0),
         "upcast": bool(config.get("force_upcast", True)),
     }
-    return _official(resolve("kl-tokenizer", values={"image_tokenizer": fields}))
 
 
 def from_state(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:

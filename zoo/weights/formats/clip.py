@@ -62,20 +62,7 @@ def from_transformers(config: Mapping[str, Any], folder: Path) -> Official:
         WeightsError: Something in the configuration that the zoo's towers do not have.
     """
     vision = vision_fields(_section(config, "vision"), folder)
-    section = _section(config, "text")
-    width = int(section.get("hidden_size", 512))
-    eos = section.get("eos_token_id", 49407)
-    text = {
-        "vocab_size": int(section.get("vocab_size", 49408)),
-        "context_length": int(section.get("max_position_embeddings", 77)),
-        "width": width,
-        "depth": int(section.get("num_hidden_layers", 12)),
-        "heads": int(section.get("num_attention_heads", 8)),
-        "ffn": int(section.get("intermediate_size", 2048)),
-        "quick_gelu": _quick_gelu(section),
-        "eps": float(section.get("layer_norm_eps", 1e-5)),
-        **_pooling(eos, int(section.get("vocab_size", 49408))),
-    }
+    text = text_fields(_section(config, "text"))
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         text["tokenizer"] = f"hf:{folder}"
     shared = int(config.get("projection_dim", 512))
@@ -84,6 +71,27 @@ def from_transformers(config: Mapping[str, Any], folder: Path) -> Official:
         keymap=maps.TRANSFORMERS,
         form="transformers clip",
     )
+
+
+def text_fields(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ``OpenCLIPTextConfig`` for the ``text_config`` of a transformers ``config.json``, or for that of a
+    ``CLIPTextModel``; what it leaves out has ``CLIPTextConfig``'s defaults.
+
+    Raises:
+        WeightsError: An activation open_clip's tower does not have.
+    """
+    vocabulary = int(section.get("vocab_size", 49408))
+    return {
+        "vocab_size": vocabulary,
+        "context_length": int(section.get("max_position_embeddings", 77)),
+        "width": int(section.get("hidden_size", 512)),
+        "depth": int(section.get("num_hidden_layers", 12)),
+        "heads": int(section.get("num_attention_heads", 8)),
+        "ffn": int(section.get("intermediate_size", 2048)),
+        "quick_gelu": _quick_gelu(section),
+        "eps": float(section.get("layer_norm_eps", 1e-5)),
+        **_pooling(section.get("eos_token_id", 49407), vocabulary),
+    }
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
