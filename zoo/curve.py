@@ -13,6 +13,7 @@ import torch
 
 from zoo.positions import positions
 from zoo.torchvision_ops import ensure
+from zoo.tracking import Tracker
 
 ensure()  # lightning imports torchmetrics, which imports torchvision
 
@@ -110,13 +111,23 @@ class Curve(Callback):
 
     Args:
         offset: Steps of the stages before.
+        tracker: Gets every line as well.
     """
 
     def __init__(
-        self, path: Path, every: int, offset: int, batch_size: int, stage: str, meter: Meter, progress: Any, write: bool
+        self,
+        path: Path,
+        every: int,
+        offset: int,
+        batch_size: int,
+        stage: str,
+        meter: Meter,
+        progress: Any,
+        tracker: Tracker,
+        write: bool,
     ) -> None:
         self.path, self.every, self.offset, self.batch_size = path, every, offset, batch_size
-        self.stage, self.meter, self.progress, self.writes = stage, meter, progress, write
+        self.stage, self.meter, self.progress, self.tracker, self.writes = stage, meter, progress, tracker, write
         self.seen = -1
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -151,6 +162,7 @@ class Curve(Callback):
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            self.tracker.log(step, line)
         if self.progress is not None:
             self.progress(step, line)
 

@@ -17,6 +17,7 @@ from zoo.part import PartConfig
 from zoo.plugin import catalogue
 from zoo.recipe import Recipe
 from zoo.registry import parse, refuse_code, to_plain
+from zoo.tracking import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ class RunConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     init: str = ""
 
     def __post_init__(self) -> None:
@@ -170,6 +172,7 @@ class RunConfig:
             "budget": to_plain(self.budget),
             "trainer": to_plain(self.trainer),
             "evaluation": to_plain(self.evaluation),
+            "tracking": to_plain(self.tracking),
             **({"init": self.init} if self.init else {}),
         }
 
@@ -198,15 +201,17 @@ class RunConfig:
             budget=parse(BudgetConfig, plain["budget"], "budget"),
             trainer=parse(TrainerConfig, plain["trainer"], "trainer"),
             evaluation=parse(EvaluationConfig, plain["evaluation"], "evaluation"),
+            tracking=parse(TrackingConfig, plain.get("tracking") or {"name": "none"}, "tracking"),
             init=str(plain.get("init") or ""),
         )
 
     def hash(self) -> str:
-        """Eight hex digits over everything that decides the result; how it is executed (devices, workers, logging) is
+        """Eight hex digits over everything that decides the result; how it is executed (devices, workers, tracking) is
         left out.
         """
         plain = self.to_plain()
         plain["recipe"].pop("changed")
+        plain.pop("tracking")
         if self.lr_factor == 1:
             plain.pop("lr_factor")
         deciding = ["precision", "ema", "accumulate"]

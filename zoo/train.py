@@ -24,6 +24,7 @@ from zoo.manifest import Manifest, sample_flops, start_manifest, write_json
 from zoo.resuming import Interrupted, Keeper, load_checkpoint, quiet_lightning, save_checkpoint
 from zoo.run_config import PRECISIONS, RunConfig
 from zoo.torchvision_ops import ensure
+from zoo.tracking import Tracked, Tracker, flat_metrics, open_tracker
 
 ensure()  # lightning imports torchmetrics, which imports torchvision
 
@@ -100,8 +101,10 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
             write_json(folder / "init.json", start.to_plain())
             say(str(start))
     manifest.update(status="running")
+    told = Tracked(config.name, config.seed, folder, config.to_plain())
+    tracker = open_tracker(config.tracking, told, say) if main else Tracker()
     try:
-        train(folder, config, module, source, manifest, progress if main else None, steps)
+        train(folder, config, module, source, manifest, progress if main else None, steps, tracker)
         if torch.distributed.is_initialized():  # one process evaluates; metrics must not wait for the others
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
@@ -110,7 +113,7 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
 
             save(module, config.trained_recipe, folder / "weights")
             manifest.update(status="trained")
-            evaluate_run(folder, config, module, source, manifest, progress)
+            tracker.result(flat_metrics(evaluate_run(folder, config, module, source, manifest, progress)))
             manifest.update(status="done", error=None)
     except Interrupted:
         manifest.update(status="interrupted")
@@ -121,6 +124,8 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
         with suppress(RunError):  # when the disk is what failed, the first error says more
             manifest.update(status=status, error=f"{type(error).__name__}: {text}"[:500])
         raise
+    finally:
+        tracker.close(str(manifest.values["status"]))
     return manifest.values
 
 
@@ -132,6 +137,7 @@ def train(
     manifest: Manifest,
     progress: Any,
     steps: Plan,
+    tracker: Tracker,
 ) -> None:
     """Run the stages that are not complete yet."""
     record.reset_peak_memory()
@@ -144,6 +150,7 @@ def train(
     state = load_checkpoint(path) if path.is_file() else None
     done = int(state["zoo_stage"]) if state else 0
     meter = resumed_meter(state, steps, folder / "curve.jsonl")
+    tracker.resume(sum(meter.steps))
     order = training_order(source, config.seed)
     drawn = None if steps.total is None else steps.total * config.batch_size
     cached = None
@@ -174,6 +181,7 @@ def train(
             config.recipe.stages[index].name,
             meter,
             reporter(progress, steps) if progress else None,
+            tracker,
             manifest.writes,
         )
         keeper = Keeper(path, config.trainer.checkpoint_every, config.seed, index)

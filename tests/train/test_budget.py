@@ -24,6 +24,7 @@ from zoo.positions import positions, tokens_of_image
 from zoo.recipe import OptimizerConfig
 from zoo.resuming import Interrupted, Keeper, load_checkpoint
 from zoo.run_config import RunConfig
+from zoo.tracking import Tracker
 from zoo.train import run
 
 TINY = [
@@ -294,4 +295,4 @@ def test_a_curve_shows_the_meter(tmp_path: Path) -> None:
     assert meter.over(0, None, 2.0)
     assert not meter.over(1, None, 2.0)
     assert Meter(2).to_plain() == {"steps": [0, 0], "seconds": [0.0, 0.0], "positions": [0, 0]}
-    assert Curve(tmp_path / "c", 1, 0, 16, "s", meter, None, False).meter.positions == [10, 20]
+    assert Curve(tmp_path / "c", 1, 0, 16, "s", meter, None, Tracker(), False).meter.positions == [10, 20]

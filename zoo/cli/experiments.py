@@ -22,7 +22,7 @@ from zoo.plugin import catalogue
 from zoo.recipe_files import read_yaml
 from zoo.run_config import starts
 
-PASSED_ON = ("scale", "out", "trainer")
+PASSED_ON = ("scale", "out", "trainer", "tracking")
 """Keys of a command that its first runs share, unless they write their own."""
 
 

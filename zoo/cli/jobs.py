@@ -32,6 +32,7 @@ def check_offline(config: RunConfig, pending: Collection[str] = ()) -> None:
     from zoo.frozen_features import check_cacheable
     from zoo.plugin import catalogue
 
+    config.tracking.check_installed()
     check_cacheable(config)
     for start in starts(config.init):
         if start not in pending:

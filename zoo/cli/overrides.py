@@ -14,8 +14,9 @@ from zoo.plugin import catalogue
 from zoo.recipe import SECTIONS, SLOTS, Recipe, read_recipe, read_scale, resolve, scales
 from zoo.registry import parse, refuse_code
 from zoo.run_config import EvaluationConfig, RunConfig, TrainerConfig
+from zoo.tracking import TrackingConfig
 
-FILE_GROUPS = ("scale", "trainer", "budget", "experiment", "tune", "match")
+FILE_GROUPS = ("scale", "trainer", "budget", "tracking", "experiment", "tune", "match")
 """Groups whose options are YAML files of the conf folders."""
 
 PLAIN = ("seed", "out", "batch_size", "lr_factor", "evaluation", "init")
@@ -250,6 +251,7 @@ def to_run(
         budget=parse(BudgetConfig, plain.get("budget") or {}, "budget"),
         trainer=parse(TrainerConfig, plain.get("trainer") or {}, "trainer"),
         evaluation=parse(EvaluationConfig, evaluation, "evaluation"),
+        tracking=parse(TrackingConfig, plain.get("tracking") or {}, "tracking"),
         init=str(plain.get("init") or ""),
     )
 

@@ -215,7 +215,7 @@ def _why_not(run: Run) -> str:
 
 def identity(run: Run) -> str:
     """Return a digest of everything that decides a run's result except its seed: runs that share it are one row."""
-    config: dict[str, Any] = {k: v for k, v in run.config.items() if k not in ("seed", "format")}
+    config: dict[str, Any] = {k: v for k, v in run.config.items() if k not in ("seed", "format", "tracking")}
     if isinstance(config.get("recipe"), Mapping):
         config["recipe"] = {k: v for k, v in config["recipe"].items() if k != "changed"}
     if isinstance(config.get("trainer"), Mapping):
