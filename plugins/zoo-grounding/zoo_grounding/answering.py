@@ -100,31 +100,51 @@ class AnswersWithMasks(nn.Module):
         )
         new = self._continue(eye, ids, real, decoding)  # [B, n]
         answers = [until_stop(row, sorted(processor.stop_ids)) for row in new.tolist()]
+        drawn, row = self._drawn_of(ids, real, new, answers, eye, levels, None if processor.shares else squares)
+        owner = row.cpu()
+        canvas = (int(sizes[:, 0].max()), int(sizes[:, 1].max()))
+        logits, _ = at_original_size(drawn, resized[owner], sizes[owner], self.square.size, canvas)
+        logits = logits.cpu()
+        return [
+            self._masked_text(written, logits[owner == number], (int(sizes[number, 0]), int(sizes[number, 1])))
+            for number, written in enumerate(answers)
+        ]
+
+    def _drawn_of(
+        self,
+        ids: Tensor,
+        real: Tensor,
+        new: Tensor,
+        answers: Sequence[Sequence[int]],
+        eye: Features,
+        levels: Sequence[Features],
+        mask_pixels: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [M, h, w] over squares of the targets that answers name, and their rows [M].
+
+        What was written is read once more: the state before each target's token is the one that predicted it, as the
+        released ``evaluate`` has it.
+
+        Args:
+            ids: [B, T] prompts, pads on the left; ``real`` [B, T] bool.
+            new: [B, n] ids written behind them; ``answers``, the same up to their stops.
+        """
+        names = len(self.mask_names)
         groups = [
-            groups_of([place for place, id in enumerate(row) if id in processor.target_ids], len(self.mask_names))
+            groups_of([place for place, id in enumerate(row) if id in self.processor.target_ids], names)
             for row in answers
         ]
         owner = [row for row, own in enumerate(groups) for _ in own]
-        places = torch.tensor([group for own in groups for group in own], dtype=torch.long, device=self.device)
-        # what is written is read once more: the state before each target's token, as the released evaluate() has it
-        whole = torch.cat([ids, new[:, :-1]], 1)
-        embeds, layout = self._sequence(
-            whole, torch.cat([real, torch.ones_like(new[:, :-1], dtype=torch.bool)], 1), eye
-        )
-        hidden = self.decoder(TokenBatch(embeds, layout))
-        row = torch.tensor(owner, dtype=torch.long, device=self.device)
-        at = places.view(-1, len(self.mask_names)) + ids.shape[1]
-        drawn = self._draw(hidden, at, row, None if processor.shares else squares, levels)
-        canvas = (int(sizes[:, 0].max()), int(sizes[:, 1].max()))
-        logits, _ = at_original_size(drawn, resized[owner], sizes[owner], self.square.size, canvas)
-        return [
-            self._masked_text(written, own, logits[row == number].cpu(), (int(sizes[number, 0]), int(sizes[number, 1])))
-            for number, (written, own) in enumerate(zip(answers, groups, strict=True))
-        ]
+        flat = [[ids.shape[1] + place for place in group] for own in groups for group in own]
+        whole = torch.cat([ids, new[:, :-1]], 1)  # nobody reads what follows the last token
+        attended = torch.cat([real, torch.ones_like(new[:, :-1], dtype=torch.bool)], 1)
+        embeds, layout = self._sequence(whole, attended, eye)
+        hidden = self.decoder(TokenBatch(embeds, layout))  # [B, T + n - 1, D]
+        places = torch.tensor(flat, dtype=torch.long, device=ids.device).view(-1, names)
+        row = torch.tensor(owner, dtype=torch.long, device=ids.device)
+        return self._draw(hidden, places, row, mask_pixels, levels), row
 
-    def _masked_text(
-        self, ids: Sequence[int], groups: Sequence[Sequence[int]], logits: Tensor, size: tuple[int, int]
-    ) -> MaskedText:
+    def _masked_text(self, ids: Sequence[int], logits: Tensor, size: tuple[int, int]) -> MaskedText:
         """The answer, each target's tokens written as its number in brackets, and masks of logits [K, H, W] above 0."""
         logits = logits[:, : size[0], : size[1]]
         masks = logits > 0
@@ -140,9 +160,9 @@ class AnswersWithMasks(nn.Module):
             return f"[{len(phrases)}]"
 
         return MaskedText(
-            text=written.sub(numbered, text) if groups else text,
+            text=written.sub(numbered, text) if len(masks) else text,
             masks=masks,
-            phrases=tuple(phrases) if groups else (),
+            phrases=tuple(phrases),
             scores=tuple(scores.tolist()),
         )
 
