@@ -12,7 +12,7 @@ from typing import Any
 from zoo.errors import WeightsError
 from zoo.recipe import Recipe, resolve
 from zoo.weights.formats import Official
-from zoo.weights.keymaps import meta_transformer
+from zoo_modalities.meta_transformer.keymaps import ENCODER
 
 HEADS = {768: 12, 1024: 16}
 """Width -> heads of the released sizes, which tensors do not tell."""
@@ -38,7 +38,7 @@ def from_state(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:
         fields["heads"] = HEADS[width]
     return Official(
         recipe=resolve(recipe.model, values={"encoder": fields}),
-        keymap=meta_transformer.ENCODER.under("", "encoder.trunk."),
+        keymap=ENCODER.under("", "encoder.trunk."),
         form="Meta-Transformer encoder",
         new=("data_tokenizer.{**}", "head.{**}"),
         unknown=() if width in HEADS else ("encoder.heads",),

@@ -196,7 +196,7 @@ def laplacian_vectors(graph: Graph, count: int) -> NDArray[np.float64]:
 
 class GraphTokens(DataTokenizer):
     """``node`` and ``edge`` tables (the sum over features), a matrix without bias for each kind of identifier, ``kind``
-    of edges (0) and nodes (1), the tokens ``graph`` and ``null`` first."""
+    of edges (0) and nodes (1), ``graph_token`` and ``null_token`` first."""
 
     def __init__(self, width: int, config: GraphTokensConfig) -> None:
         super().__init__()
@@ -211,7 +211,8 @@ class GraphTokens(DataTokenizer):
         self.identifiers = nn.ModuleDict(
             {kind: nn.Linear(2 * size, width, bias=False) for kind, size in kinds.items() if size}
         )
-        self.first = nn.Parameter(0.02 * torch.randn(2, width))
+        self.graph_token = nn.Parameter(0.02 * torch.randn(1, width))
+        self.null_token = nn.Parameter(0.02 * torch.randn(1, width))
 
     def forward(self, inputs: Mapping[str, Tensor]) -> DataTokens:
         """Tokens [B, 2 + n + m, D]: [graph], [null], nodes, edges; pads are zero and masked."""
@@ -227,7 +228,8 @@ class GraphTokens(DataTokenizer):
         is_node = torch.arange(ends.shape[1], device=nodes.device) < n
         x = x + self.kind((same if self.config.loops_as_nodes else is_node.expand_as(same)).long())
         mask = torch.cat([inputs["node_mask"], inputs["edge_mask"]], 1)
-        x = torch.cat([self.first.expand(batch, -1, -1), x * mask[..., None]], 1)
+        first = torch.cat([self.graph_token, self.null_token])  # [2, D]
+        x = torch.cat([first.expand(batch, -1, -1), x * mask[..., None]], 1)
         mask = torch.cat([mask.new_ones(batch, 2), mask], 1)
         place = torch.where(is_node, ends[..., 0], -1)
         return DataTokens(x, mask, place=torch.cat([place.new_full((batch, 2), -1), place], 1))

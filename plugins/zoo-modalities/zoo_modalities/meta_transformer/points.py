@@ -55,13 +55,14 @@ class PointTokensConfig(DataTokenizerConfig):
             )
 
     def scaled(self, sizes: Mapping[str, Any]) -> Self:
-        """Four points for each pixel of an image's side, half as many neighbours as tokens' width is of 64, at most."""
+        """At most four points for each pixel of an image's side, an eighth of the width as neighbours, a quarter of it
+        inside groups."""
         small = super().scaled(sizes)
         if "image_size" not in sizes or "width" not in sizes:
             return small
         points = min(small.points, 4 * sizes["image_size"])
         neighbours = min(small.neighbours, max(4, sizes["width"] // 8), points)
-        return replace(small, points=points, neighbours=neighbours, hidden=min(small.hidden, sizes["width"]))
+        return replace(small, points=points, neighbours=neighbours, hidden=min(small.hidden, sizes["width"] // 4))
 
     @property
     def centres(self) -> int:
