@@ -1,4 +1,4 @@
-"""The catalogue with this plugin in it, golden tensors of the released code, and modules drawn at random."""
+"""The catalogue with this plugin in it, and golden tensors of the released code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo import torchvision_ops
 from zoo.plugin import Catalogue, catalogue, registered
@@ -71,13 +70,3 @@ def read_golden(name: str) -> Golden:
 def golden() -> Callable[[str], Golden]:
     """``golden("imagebind")`` reads goldens/imagebind.*; treat the tensors as read-only."""
     return read_golden
-
-
-@torch.no_grad()
-def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter noise that matters: gains not 1, biases not 0."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        size = 0.2 if parameter.ndim < 2 else 0.05
-        parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return module

@@ -49,7 +49,8 @@ def fbank(wave: Tensor, rate: int, bins: int, length: float = 0.025, shift: floa
     windows = (windows - PREEMPHASIS * before) * torch.hann_window(size, periodic=False, dtype=torch.float64)
     power = torch.fft.rfft(windows, padded).abs().square()  # [..., frames, padded / 2 + 1]
     energies = power[..., :-1] @ _triangles(bins, padded, rate)
-    return energies.clamp(min=FLOOR).log().float()
+    logarithms: Tensor = energies.clamp(min=FLOOR).log().float()
+    return logarithms
 
 
 @lru_cache(maxsize=16)

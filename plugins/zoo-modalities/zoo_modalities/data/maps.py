@@ -34,7 +34,7 @@ AMBIENT = 0.2
 
 def cut_out(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """An icon [S, S, 3] on white as RGBA [S, S, 4]: opaque but where white reaches it from the border."""
-    from scipy.ndimage import label
+    from scipy.ndimage import label  # type: ignore[import-untyped]
 
     white = (picture >= 248).all(-1)
     regions, _ = label(np.pad(white, 1, constant_values=True))  # one around the picture joins all that is outside

@@ -84,7 +84,7 @@ def imu(motion: Motion, *key: object, rate: float = IMU_RATE, seconds: float = S
         key: Decides the noise, uniform within 0.1 m/s² and 0.02 rad/s.
     """
     count, step = round(rate * seconds), 1 / rate
-    time = np.arange(-1, count + 1) * step
+    time = np.arange(-1, count + 1, dtype=np.float64) * step
     x, y, angle = motion.at(time)
     ax, ay = (METRES * np.diff(v, 2) / step**2 for v in (x, y))
     spin = (angle[2:] - angle[:-2]) / (2 * step)

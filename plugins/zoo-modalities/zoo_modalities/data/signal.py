@@ -118,7 +118,7 @@ def resample(signal: Signal, rate: int) -> Signal:
     """
     from math import gcd
 
-    from scipy.signal import resample_poly
+    from scipy.signal import resample_poly  # type: ignore[import-untyped]
 
     if signal.rate is None or signal.rate != int(signal.rate) or rate < 1:
         raise DataError(f"a signal of rate {signal.rate} cannot be resampled to {rate}: whole numbers are needed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import unicodedata
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -127,7 +128,7 @@ def simulated(text: str, voice: int = 0) -> Signal:
 
 
 def _kind(letter: str) -> str:
-    tables = {"vowel": _VOWELS, "hum": _HUMS, "noise": _NOISES, "burst": _BURSTS}
+    tables: dict[str, Mapping[str, object]] = {"vowel": _VOWELS, "hum": _HUMS, "noise": _NOISES, "burst": _BURSTS}
     return next((kind for kind, table in tables.items() if letter in table), "pause")
 
 

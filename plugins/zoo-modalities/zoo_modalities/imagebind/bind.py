@@ -176,7 +176,7 @@ class Bind(Model):
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Mapping[str, Tensor]) -> LazyOutputs:
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Embed ``pixel_values`` and what the batch holds beside them, each when it is first asked for.
 
         Returns:
@@ -197,7 +197,7 @@ class Bind(Model):
                 makers[f"{name}_embeds"] = lambda _, name=name: F.normalize(  # type: ignore[misc]
                     self.modality_features(name, batch[name]), dim=-1
                 )
-        return LazyOutputs(makers, batch["pixel_values"].device.type)
+        return cast("dict[str, Tensor]", LazyOutputs(makers, batch["pixel_values"].device.type))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """The head's output [B, D] of images [B, 3, H, W] or clips [B, 3, T, H, W], not normalised."""
@@ -249,7 +249,7 @@ class Bind(Model):
             out = F.normalize(self.modality_features(modality, rows), dim=-1)
         if not image:
             out = out * self.log_scale(modality).exp().clamp(max=MAX_SCALE)
-        return out.unflatten(0, x.shape[:2]).mean(1) if clips else out
+        return out.view(*x.shape[:2], -1).mean(1) if clips else out
 
     def learns(self, modality: str) -> bool:
         """Whether anything of the pair (image, ``modality``) has a gradient in this stage."""
@@ -305,7 +305,7 @@ class Bind(Model):
             rows = torch.cat(prepared).to(self.device, self._dtype)
             pick = self.image_features if modality == "video" else lambda x: self.modality_features(modality, x)
             units = F.normalize(torch.cat([pick(rows[i : i + CHUNK]) for i in range(0, len(rows), CHUNK)]), dim=-1)
-            return torch.stack([part.mean(0) for part in units.split([len(p) for p in prepared])])
+            return torch.stack([part.mean(0) for part in torch.split(units, [len(p) for p in prepared])])
 
         return self._chunks(items, features)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Patches(nn.Module):
         self.kernel, self.stride = kernel, stride
         self.grid = self.grid_of(size)
         tokens = 1 + math.prod(self.grid)
-        conv = nn.Conv3d if len(kernel) == 3 else nn.Conv2d
+        conv: Any = nn.Conv3d if len(kernel) == 3 else nn.Conv2d
         self.patch = conv(channels, width, kernel, stride, bias=False)
         self.patch_norm = nn.LayerNorm(width, eps=1e-5) if patch_norm else None
         self.cls, self.positions = (nn.Parameter(width**-0.5 * torch.randn(1, n, width)) for n in (1, tokens))

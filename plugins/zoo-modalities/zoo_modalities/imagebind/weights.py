@@ -113,8 +113,9 @@ def keymap_of(recipe: Recipe) -> KeyMap:
 
 
 def from_state(recipe: Recipe, state: Mapping[str, Tensor]) -> Official:
-    """A state dict of ``ImageBindModel`` (``imagebind_huge.pth``), or of the zoo's own names. Modalities that the recipe
-    does not have are left.
+    """A state dict of ``ImageBindModel`` (``imagebind_huge.pth``), or of the zoo's own names.
+
+    Modalities that the recipe does not have are left.
 
     Raises:
         WeightsError: The image tower has another width than the recipe's.
