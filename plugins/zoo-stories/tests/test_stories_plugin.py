@@ -31,7 +31,7 @@ def test_manifest_imports_nothing_heavy() -> None:
 
 
 def test_names_of_a_notebook() -> None:
-    assert zoo_stories.tell.__module__ == "zoo_stories.tell"
+    assert zoo_stories.tell.__module__ == "zoo_stories.telling"
     assert zoo_stories.Consistency().rate == 0.5
     with pytest.raises(AttributeError, match="no attribute 'tale'"):
         zoo_stories.__getattr__("tale")

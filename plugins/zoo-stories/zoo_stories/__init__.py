@@ -12,12 +12,12 @@ from zoo_stories.manifest import COMPONENTS
 
 if TYPE_CHECKING:
     from zoo_stories.consistency import Consistency as Consistency
-    from zoo_stories.tell import Story as Story
-    from zoo_stories.tell import tell as tell
+    from zoo_stories.telling import Story as Story
+    from zoo_stories.telling import tell as tell
 
 PLUGIN = Plugin(name="zoo-stories", components=COMPONENTS, conf="pkg://zoo_stories/conf")
 
-_LAZY = {"Consistency": "consistency", "Story": "tell", "tell": "tell"}
+_LAZY = {"Consistency": "consistency", "Story": "telling", "tell": "telling"}
 
 
 def __getattr__(name: str) -> Any:

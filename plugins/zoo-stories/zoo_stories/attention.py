@@ -169,7 +169,7 @@ class ConsistentAttention:
         count = len(cast.numbers)
         if len(hidden_states) % count:
             raise ConfigError(f"{len(hidden_states)} rows are no whole branches of {count} images: draw them at once")
-        x = hidden_states.unflatten(0, (-1, count))  # [b, m, n, C]
+        x = torch.unflatten(hidden_states, 0, (-1, count))  # [b, m, n, C]
         layer = _Layer(attn, x, passes, self.layer)
         if writes:
             layer.write(cast, everything=early)
@@ -184,7 +184,8 @@ class ConsistentAttention:
             hidden_states = hidden_states.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        scaled: Tensor = hidden_states / attn.rescale_output_factor
+        return scaled
 
 
 class _Layer:
@@ -249,11 +250,14 @@ class _Layer:
         del keys
         v = self._heads(torch.cat(values, 1) if len(values) > 1 else values[0], None)
         del values
-        parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(self.passes.consistency.queries, dim=2)]
+        parts = [
+            F.scaled_dot_product_attention(part, k, v)
+            for part in torch.split(q, self.passes.consistency.queries, dim=2)
+        ]
         out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         return out.transpose(1, 2).flatten(2)
 
     def _heads(self, rows: Tensor, norm: Any) -> Tensor:
-        split = rows.unflatten(2, (self.attn.heads, -1)).transpose(1, 2)
+        split = torch.unflatten(rows, 2, (self.attn.heads, -1)).transpose(1, 2)
         normed: Tensor = split if norm is None else norm(split)
         return normed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,14 +67,13 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"the script {given.script} has no frames: write a line a frame")
 
     from zoo_stories.consistency import Consistency
-    from zoo_stories.tell import loaded, model_of, tell
+    from zoo_stories.drawing import model_of
+    from zoo_stories.telling import loaded, tell
 
     model = loaded(given.model)
     own = getattr(model_of(model), "consistency", None) or Consistency()
-    names = {"rate": "rate", "layers": "layers", "start_step": "start_step", "window": "window", "long": "long"}
-    import dataclasses
-
-    changed = {field: value for field, name in names.items() if (value := getattr(given, name)) is not None}
+    fields = ("rate", "layers", "start_step", "window", "long")
+    changed = {field: value for field in fields if (value := getattr(given, field)) is not None}
     story = tell(
         model,
         given.character,

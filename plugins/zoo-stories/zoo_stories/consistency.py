@@ -123,7 +123,7 @@ class Consistency:
         height, width = grid
         scale = math.sqrt(self.share(height * width))
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        image = rows.transpose(1, 2).unflatten(2, grid)  # [b, C, h, w]
+        image = torch.unflatten(rows.transpose(1, 2), 2, grid)  # [b, C, h, w]
         return F.adaptive_avg_pool2d(image, size).flatten(2).transpose(1, 2)
 
 

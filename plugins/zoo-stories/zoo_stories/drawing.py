@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from zoo.sampling.text import streams
 from zoo_stories.attention import Cast
 from zoo_stories.consistency import Consistency
 from zoo_stories.together import consistent
-
-Condition = Callable[[Any, Mapping[str, Tensor]], Features]
 
 
 def model_of(model: Any) -> Any:
@@ -104,14 +102,12 @@ def denoised(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
-    noise: Tensor | None = None,
-    none: Callable[[list[int]], Features] | None = None,
+    streams_of: Sequence[int] = (),
 ) -> Tensor:
     """Draw frames from the conditions that ``condition`` gives for their numbers: [N, 3, H, W] float32 in [0, 1].
 
     Args:
-        noise: [N, C, h, w] to start from; by default frame n's is of the stream (seed, n).
-        none: What the branch without a condition reads for those frames; the model's by default.
+        streams_of: For each frame the number of the stream of ``seed`` that its noise is of; by default frame n's is n.
     """
     how = model.config.denoising(sampler, steps)
     mix = weights(model.config.guidance if guidance is None else guidance, "scale")
@@ -122,13 +118,14 @@ def denoised(
             at = list(frames)
             features = condition(at)
             if len(mix) == 2:
-                features = branches([features, model.no_condition() if none is None else none(at)])
+                features = branches([features, model.no_condition()])
             passes.begin(cast)
             latents = draw_latents(
-                model.denoiser, model.process, features, how, mix, [streams(seed, n, 1)[0] for n in at],
-                grid=model.image_config.grid, rescale=model.config.rescale, noise=None if noise is None else noise[at],
+                model.denoiser, model.process, features, how, mix,
+                [streams(seed, streams_of[n] if streams_of else n, 1)[0] for n in at],
+                grid=model.image_config.grid, rescale=model.config.rescale,
             )  # fmt: skip
-            drawn += [decoded(model, part) for part in latents.split(rules.window or len(at))]
+            drawn += [decoded(model, part) for part in torch.split(latents, rules.window or len(at))]
     return torch.cat(drawn)
 
 

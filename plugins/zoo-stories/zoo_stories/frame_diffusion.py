@@ -16,8 +16,6 @@ from zoo.encoders.base import Encoder, ImageEncoderConfig, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.models.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from zoo.part import Features, PartConfig, seeded
-from zoo.sampling.diffusion import gaussian
-from zoo.sampling.text import streams
 from zoo.tokenizers.base import BaseTokenizerConfig
 from zoo_stories.consistency import Consistency
 from zoo_stories.drawing import denoised
@@ -157,7 +155,7 @@ class FrameDiffusion(LatentDiffusion):
     ) -> Tensor:
         """Draw one image a text and embedding [N, D]: [N, 3, H, W] float32 in [0, 1].
 
-        All start from the same noise, that of (seed, 0), so that neighbours differ by their embedding alone.
+        All noise is that of image 0 of ``seed``, so that neighbours differ by their embedding alone.
 
         Raises:
             ConfigError: Another number of embeddings, or of another width.
@@ -172,13 +170,10 @@ class FrameDiffusion(LatentDiffusion):
         def condition(at: list[int]) -> Features:
             return self.condition({name: value[at].to(self.device) for name, value in rows.items()})
 
-        shape = (self.denoiser.channels, *self.image_config.grid)
-        noise = gaussian(streams(seed, 0, 1), shape, self.device).expand(len(texts), *shape)
-        alone = [frozenset[str]()] * len(texts)
-        rules = Consistency(rate=0.0)
         return denoised(
-            self, condition, alone, rules, seed=seed, steps=steps, guidance=guidance, sampler=sampler, noise=noise
-        )
+            self, condition, [frozenset()] * len(texts), Consistency(rate=0.0), seed=seed, steps=steps,
+            guidance=guidance, sampler=sampler, streams_of=[0] * len(texts),
+        )  # fmt: skip
 
     def parts(self) -> dict[str, nn.Module]:
         order = ("encoder", "text_encoder", "image_token", "denoiser", "image_tokenizer")

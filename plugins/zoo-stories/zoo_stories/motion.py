@@ -136,7 +136,7 @@ class MotionModel(Model):
                 " choose data of several frames, such as data=moving-scenes"
             )
         with torch.no_grad():
-            target = self.embeddings(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])  # [B, L, D]
+            target = torch.unflatten(self.embeddings(pixels.flatten(0, 1)), 0, pixels.shape[:2])  # [B, L, D]
         line = self.line(target[:, 0], target[:, -1], target.shape[1])
         return {"motion": self.motion(line), "motion_line": line, "motion_target": target}
 
@@ -227,7 +227,7 @@ class MotionProcessor:
                     " choose data of moving pictures, such as data=moving-scenes"
                 )
         every = self.encode_images([image for images in frames for image in images])
-        return {"pixel_values": every.unflatten(0, (len(samples), len(frames[0])))}
+        return {"pixel_values": torch.unflatten(every, 0, (len(samples), len(frames[0])))}
 
     def encode_images(self, images: Sequence[Any]) -> Tensor:
         """[N, 3, S, S] float32."""

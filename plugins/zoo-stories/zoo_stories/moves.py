@@ -114,11 +114,11 @@ class Moves(Derived):
         raise DataError(f"no scene with room to move is found for {id!r}; allow fewer objects")
 
     def text_sample(self, id: str) -> Sample:
-        """Return the move without its images: the texts are prompts of its first and last picture."""
-        scenes = self.move(id).scenes
-        texts = tuple(dict.fromkeys((prompt(scenes[0]), prompt(scenes[-1]))))
-        meta: dict[str, Any] = {"mover": self.move(id).mover}
-        return Sample(id, None, texts, meta)
+        """Return the move without its images. The text is a prompt of its first picture; ``meta``: ``last``, one of the
+        last, and ``mover``, the place of what moves among the objects."""
+        found = self.move(id)
+        meta: dict[str, Any] = {"mover": found.mover, "last": prompt(found.scenes[-1])}
+        return Sample(id, None, (prompt(found.scenes[0]),), meta)
 
     def sample(self, id: str) -> Sample:
         """Return the frames at ``size`` pixels as ``meta["images"]``, the first also as ``image``."""

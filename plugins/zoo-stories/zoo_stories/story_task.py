@@ -125,6 +125,8 @@ class StoryConsistency(Task):
         return spec
 
     def run(self, model: Any, source: SourceLike, split: str, progress: Progress | None = None) -> TaskResult:
+        import torch
+
         from zoo_stories.consistency import Consistency
         from zoo_stories.drawing import model_of
 
@@ -140,11 +142,11 @@ class StoryConsistency(Task):
         }
         lengths = [len(story.captions) for story in stories]
         texts = [text for story in stories for text in story.captions]
-        written = embed_texts(judge, texts, config.batch_size).split(lengths)
+        written = torch.split(embed_texts(judge, texts, config.batch_size), lengths)
         items: list[dict[str, Any]] = [{"item": s.id, "cluster": s.id, "frames": len(s.captions)} for s in stories]
         for suffix, drawn in sets.items():
             flat = [picture for pictures in drawn for picture in pictures]
-            vectors = embed_images(judge, flat, config.batch_size, self.name).split(lengths)
+            vectors = torch.split(embed_images(judge, flat, config.batch_size, self.name), lengths)
             for n, (row, images, words) in enumerate(zip(items, vectors, written, strict=True)):
                 row[f"consistency{suffix}"] = pairs(images)
                 row[f"text{suffix}"] = float((images * words).sum(1).mean())

@@ -84,4 +84,4 @@ def encoded(model: Any, images: Tensor) -> Tensor:
 
 def decoded_parts(model: Any, latents: Tensor, size: int = 8) -> Tensor:
     with evaluating(model):
-        return torch.cat([decoded(model, part) for part in latents.split(size)]).cpu()
+        return torch.cat([decoded(model, part) for part in torch.split(latents, size)]).cpu()
