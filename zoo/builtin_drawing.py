@@ -13,6 +13,12 @@ DRAWING = (
     ),
     Component(
         kind="task",
+        name="illustrated-answers",
+        ref="zoo.evaluation.illustrated:IllustratedConfig",
+        summary="answers that hold a text and an image: how many do, and what text-to-image measures of the images",
+    ),
+    Component(
+        kind="task",
         name="scene-check",
         ref="zoo.evaluation.scene_check:SceneCheckConfig",
         summary="share of a caption's objects, counts and positions that a drawn scene shows",

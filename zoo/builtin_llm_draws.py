@@ -34,6 +34,12 @@ LLM_DRAWS = (
     _connector("linear", "simple:TokenWiseConfig", "one linear map of every state"),
     _connector("mlp", "simple:TokenWiseConfig", "two linear maps of every state, GELU between", depth=2),
     Component(
+        kind="wiring",
+        name="llm-draws",
+        ref="zoo.models.llm_draws:LLMDrawsConfig",
+        summary="a bridge to a language model whose states at tokens of its own are a diffusion model's condition",
+    ),
+    Component(
         kind="objective",
         name="alignment",
         ref="zoo.objectives.alignment:AlignmentConfig",

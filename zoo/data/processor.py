@@ -238,6 +238,7 @@ class PromptProcessor(_Base):
         self.preamble = preamble
         self.instructed = instructed
         self.instruction_length = instruction_length
+        self.drawn: tuple[int, ...] = ()  # ids of an image that is drawn; zoo.data.drawn has some
 
     def __call__(
         self,
@@ -377,6 +378,7 @@ class PromptProcessor(_Base):
             self.image_tokens,
             self.image_token_id,
             preamble=self.preamble,
+            drawn=self.drawn,
         )
         if self.max_length is not None and len(ids) > self.max_length:
             if turns[-1][1] is None:

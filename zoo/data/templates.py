@@ -15,6 +15,9 @@ IGNORE = -100
 IMAGE = "<image>"
 """In a question: an image stands here."""
 
+DRAWN = "<draw>"
+"""In an answer: an image is drawn here."""
+
 Turn = tuple[str, str | None]
 """A question (may be empty) and its answer; None where the model is to write it."""
 
@@ -224,6 +227,21 @@ TEMPLATES: dict[str, Template] = {
             answer="{answer}###",
             stop="###",
         ),
+        # MiniGPT-5: a caption alone, and the next scene of a story
+        Template(name="minigpt5_caption", answer="{answer} ###", joined=False, stop="###"),
+        Template(
+            name="minigpt5",
+            system="Give the following images in <Img>ImageContent</Img> format. You will be able to see the images"
+            " once I provide it to you. Please understanding images and generate story.",
+            image=f"{_WRAPPED} ",
+            inline=_WRAPPED,
+            question="###Human: {question} ###Assistant: ",
+            answer="{answer} ###",
+            joined=False,
+            stop="###",
+        ),
+        # a question, a line's end, an answer: what a small model learns soonest
+        Template(name="lines", question="{question}\n", answer="{answer}", eos=True, joined=False),
         # InstructBLIP: rows start with </s>, which LAVIS made the BOS; 128 tokens of instruction, 256 of answer, both
         # counted with their BOS
         Template(
@@ -327,6 +345,7 @@ def lay_out(
     image_token_id: int,
     *,
     preamble: bool = True,
+    drawn: Sequence[int] = (),
 ) -> tuple[list[int], list[int]]:
     """Write a dialogue as ids and labels.
 
@@ -340,6 +359,7 @@ def lay_out(
         images: how many images the row shows; where no question places one, all stand at the first question.
         image_tokens: n, slots of one image.
         preamble: False leaves out the template's system text.
+        drawn: ids that stand for a ``<draw>`` of an answer and are trained with it; empty = it is text.
 
     Returns:
         ids and labels of equal length, unpadded; labels are ids where trained, else -100.
@@ -413,7 +433,11 @@ def lay_out(
                 raise DataError(f"turn {number + 1} of {len(turns)} has no answer; only the last may lack one")
             break
         learned = last or not template.last_only
-        row.text(template.answer.replace("{answer}", answer), learned)
+        said = template.answer.replace("{answer}", answer)
+        for part, text in enumerate(said.split(DRAWN) if drawn else [said]):
+            if part:
+                row.special(drawn, learned)
+            row.text(text, learned)
         if (template.eos and learned) or apart:
             row.flush([tokenizer.eos_id] if template.eos and learned else [], template.answer_tokens)
     else:

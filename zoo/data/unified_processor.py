@@ -132,15 +132,7 @@ class UnifiedProcessor(_Base):
         shown: Sequence[tuple[int, int]],
     ) -> Tensor:
         """[N, 3, S, S] of the images ``shown``: (sample, which of its images)."""
-        keys = [(self.seed, f"{samples[n].id}#{k}" if k else samples[n].id, draws[n]) for n, k in shown]
-        if pixels is not None:
-            chosen = pixels[[n for n, _ in shown]]
-            if transform.takes_arrays(pixels.shape[1], pixels.shape[2], train):
-                return transform.from_array(chosen, keys if train else None)
-            from PIL import Image as Picture
-
-            return transform([Picture.fromarray(p) for p in chosen], keys if train else None)
-        return transform([images_of(samples[n])[k] for n, k in shown], keys if train else None)
+        return shown_images(transform, samples, draws if train else None, pixels, shown, self.seed)
 
     def _task(self, sample: Sample, draw: int, images: int) -> str:
         if not images:
@@ -345,6 +337,33 @@ class UnifiedProcessor(_Base):
             if id < self.tokenizer.vocab_size:
                 kept.append(int(id))
         return self.tokenizer.decode(kept).strip()
+
+
+def shown_images(
+    transform: ImageTransform,
+    samples: Sequence[Sample],
+    draws: Sequence[int] | None,
+    pixels: NDArray[np.uint8] | None,
+    shown: Sequence[tuple[int, int]],
+    seed: int,
+) -> Tensor:
+    """[N, 3, S, S] of the images ``shown``: (sample, which of its images).
+
+    Args:
+        draws: How often each sample was drawn before, for augmentation; None = as in evaluation.
+        pixels: The images as [B, H, W, 3] bytes, in place of ``sample.image``.
+    """
+    keys = None
+    if draws is not None:
+        keys = [(seed, f"{samples[n].id}#{k}" if k else samples[n].id, draws[n]) for n, k in shown]
+    if pixels is not None:
+        chosen = pixels[[n for n, _ in shown]]
+        if transform.takes_arrays(pixels.shape[1], pixels.shape[2], keys is not None):
+            return transform.from_array(chosen, keys)
+        from PIL import Image as Picture
+
+        return transform([Picture.fromarray(p) for p in chosen], keys)
+    return transform([images_of(samples[n])[k] for n, k in shown], keys)
 
 
 def check_tasks(tasks: Mapping[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, TokenBatch, lay_out
 from zoo.part import PartConfig
 
@@ -69,6 +70,17 @@ class Decoder(nn.Module):
     def logits_of(self, hidden: Tensor, columns: slice) -> Tensor:
         """The logits [..., n] of the ids ``columns`` alone, out of hidden states [..., width]."""
         return self.logits(hidden)[..., columns]
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """The embedding table and the rows of the output map, [vocab_size, width] both, which may be one tensor.
+
+        Raises:
+            ConfigError: It has no such tables, and can be given no further tokens.
+        """
+        raise ConfigError(
+            f"the decoder {type(self).__name__} cannot be given further tokens: choose a language model of"
+            " transformers, or one on the trunk"
+        )
 
     def new_cache(self) -> Any:
         """An empty key/value cache for ``forward``."""

@@ -263,6 +263,9 @@ class CausalLM(Decoder):
             logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
         return logits
 
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self._embedding.weight, self.lm.get_output_embeddings().weight  # type: ignore[operator]
+
     def new_cache(self) -> Any:
         from transformers import DynamicCache
 

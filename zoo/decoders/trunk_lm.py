@@ -141,6 +141,10 @@ class TrunkLM(Decoder):
         bias = None if self.lm_head.bias is None else self.lm_head.bias[columns]
         return nn.functional.linear(hidden, self.lm_head.weight[columns], bias)
 
+    def tables(self) -> tuple[Tensor, Tensor]:
+        table: Tensor = self.embedding.tokens.weight
+        return table, table if self.lm_head is None else self.lm_head.weight
+
     def new_cache(self) -> KVCache:
         return KVCache()
 

@@ -7,7 +7,7 @@ columns by it.
 
 from __future__ import annotations
 
-from zoo.evaluation.catalogue_images import drawing, inpainting, scenes, segmentation
+from zoo.evaluation.catalogue_images import answering_with_images, drawing, inpainting, scenes, segmentation
 from zoo.evaluation.catalogue_questions import ANSWER_TYPES as ANSWER_TYPES
 from zoo.evaluation.catalogue_questions import QUESTION_KINDS as QUESTION_KINDS
 from zoo.evaluation.catalogue_questions import STRATEGIES as STRATEGIES
@@ -206,6 +206,7 @@ _TASKS: dict[str, dict[str, MetricInfo]] = {
         )
     },
     "text-to-image": drawing(),
+    "illustrated-answers": answering_with_images(),
     "scene-check": scenes(),
     "inpainting": inpainting(),
     "segmentation": segmentation(),

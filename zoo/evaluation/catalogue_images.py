@@ -56,6 +56,21 @@ def drawing() -> dict[str, MetricInfo]:
     }  # fmt: skip
 
 
+def answering_with_images() -> dict[str, MetricInfo]:
+    """The metrics of ``illustrated-answers``: those of its images, and what its answers hold."""
+
+    def share(label: str, key: str, help: str, detail: bool = True) -> dict[str, MetricInfo]:
+        return {key: MetricInfo(label=label, numerator=key, percent=True, detail=detail, help=help)}
+
+    return {
+        **drawing(),
+        **share("text and image", "both", "answers that hold a text and an image", detail=False),
+        **share("with image", "with_image", "answers that hold an image"),
+        **share("with text", "with_text", "answers that hold a text"),
+        **share("repeats", "repeats", "answers whose text is the prompt's own"),
+    }
+
+
 def scenes() -> dict[str, MetricInfo]:
     """The metrics of ``scene-check``: shares of what the captions state, of drawn and of other images."""
     what = {

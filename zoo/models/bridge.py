@@ -253,7 +253,7 @@ class Bridge(ScoresPlainText, WritesText, Model):
                 _check_slots(slots, 0, self.connector.tokens)
                 return embeds
             # text alone: a blank image of weight zero keeps the connector in the graph, or DDP would hang
-            size = self.image_config.image_size
+            size = self.eye_config.image_size
             blank = embeds.new_zeros(1, 3, size, size)
             first = None if text is None else Features(text.tokens[:1], None if text.mask is None else text.mask[:1])
             return embeds + 0.0 * self.image_features(blank, first).sum()
@@ -286,6 +286,11 @@ class Bridge(ScoresPlainText, WritesText, Model):
         return self.decoder.arrange(replace(layout, modality=slots.long(), spans=None), ids, slots)
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
+
+    @property
+    def eye_config(self) -> ImageEncoderConfig:
+        """Of the encoder that reads images."""
+        return self.image_config
 
     @property
     def image_token_id(self) -> int:
@@ -345,7 +350,7 @@ class Bridge(ScoresPlainText, WritesText, Model):
         """
         from zoo.data.images import ImageTransform
 
-        image, connector = self.image_config, cast("Any", self.connector_config)
+        image, connector = self.eye_config, cast("Any", self.connector_config)
         readers = [("decoder", self.tokenizer, self.decoder_config)]
         if self.instruction_tokenizer is not None:
             readers.append(("connector", self.instruction_tokenizer, connector))
@@ -395,7 +400,7 @@ class Bridge(ScoresPlainText, WritesText, Model):
 
     def example_batch(self, batch_size: int = 1) -> dict[str, Tensor]:
         """One image and a caption of typical length an item, every text token a target."""
-        size, text, slots = self.image_config.image_size, self.typical_targets, self.connector.tokens
+        size, text, slots = self.eye_config.image_size, self.typical_targets, self.connector.tokens
         device = self.device
         ids = torch.ones(batch_size, slots + text, dtype=torch.long, device=device)
         ids[:, :slots] = self.image_token_id

@@ -68,6 +68,11 @@ class WritesText(nn.Module):
         ) -> Tensor: ...
         def _layout(self, ids: Tensor, attention_mask: Tensor | None, padding: Padding | None = None) -> Layout: ...
 
+    @property
+    def writer(self) -> Decoder:
+        """What writes texts: the decoder, or a view of it that leaves ids out."""
+        return self.decoder
+
     def generate_text(
         self,
         images: Sequence[Images],
@@ -155,7 +160,7 @@ class WritesText(nn.Module):
         if real is not None and bool(real.all()):
             real = None
         return write(
-            self.decoder,
+            self.writer,
             embeds,
             self._layout(input_ids, real),
             decoding or Decoding(),

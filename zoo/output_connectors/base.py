@@ -25,6 +25,8 @@ class OutputConnector(nn.Module):
         aligns: What ``align`` returns is compared with.
         aligned: Tokens and width of it.
         unconditional: What guidance leaves the condition out with.
+        shifted: The states are those that predict an image's tokens, from the one before the first on (MiniGPT-5);
+            otherwise those of the tokens themselves.
         adds_embeddings: The input embeddings of the same tokens are added to the states first (NExT-GPT).
     """
 
@@ -33,6 +35,7 @@ class OutputConnector(nn.Module):
     aligned: tuple[int, int]
     aligns: ClassVar[Target] = "text"
     unconditional: ClassVar[Unconditional] = "states"
+    shifted: ClassVar[bool] = True
     adds_embeddings: ClassVar[bool] = False
 
     def align(self, states: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -33,4 +33,5 @@ class Projection(Mapper):
     own empty prompt, as the stock pipelines it feeds do."""
 
     unconditional: ClassVar[Unconditional] = "text"
+    shifted: ClassVar[bool] = False
     adds_embeddings: ClassVar[bool] = True

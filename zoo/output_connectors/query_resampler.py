@@ -188,6 +188,7 @@ class RegressedFeatures(OutputConnector):
 
     aligns: ClassVar[Target] = "image"
     unconditional: ClassVar[Unconditional] = "image"
+    shifted: ClassVar[bool] = False
 
     def __init__(self, config: QueryResamplerConfig, in_width: int, out_width: int, image_width: int) -> None:
         super().__init__()
