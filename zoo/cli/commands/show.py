@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 from zoo.errors import ConfigError
 
-USAGE = """usage: zoo show NAME [KEY=VALUE ...] [--fields | --template]
+USAGE = """usage: zoo show NAME [KEY=VALUE ...] [--fields | --template | --memory]
 
   zoo show blip2-opt                       parts, parameters, frozen or trained, FLOPs, attention layout
   zoo show llava connector=qformer scale=tiny
   zoo show qformer                         a part: its fields, their defaults, what they mean
   --fields                                 every field of every part of the model, as KEY=VALUE can set it
-  --template                               a caption and a dialogue token by token, as every stage trains on them"""
+  --template                               a caption and a dialogue token by token, as every stage trains on them
+  --memory                                 what a training step takes on each device, stage by stage; with --devices N,
+                                           --strategy single|ddp|fsdp, --batch-size N (of all devices),
+                                           --precision fp32|bf16, --accelerator gpu|cpu"""
 
 
 def main(argv: Sequence[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0
+    from zoo.cli.memory import parse
     from zoo.errors import near
     from zoo.plugin import catalogue
     from zoo.registry import KINDS
 
+    argv, memory = parse(argv)
     names = [a for a in argv if "=" not in a and not a.startswith("-")]
     overrides = [a for a in argv if "=" in a]
     unknown = [a for a in argv if a.startswith("-") and a not in ("--fields", "--template")]
@@ -33,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
         )
     name = names[0]
     if name in catalogue()["model"]:
-        return show_model(name, overrides, "--fields" in argv, "--template" in argv)
+        return show_model(name, overrides, "--fields" in argv, "--template" in argv, memory)
+    if memory is not None:
+        raise ConfigError(f"{name!r} is no model: only whole models are trained")
     if "--template" in argv:
         raise ConfigError(f"{name!r} is no model: only whole models have a template")
     kinds = [kind for kind in KINDS if kind != "model" and name in catalogue()[kind]]
@@ -45,7 +53,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def show_model(name: str, overrides: Sequence[str], fields: bool, template: bool = False) -> int:
+def show_model(
+    name: str, overrides: Sequence[str], fields: bool, template: bool = False, memory: Namespace | None = None
+) -> int:
     import yaml
     from rich.console import Console
     from rich.syntax import Syntax
@@ -63,6 +73,11 @@ def show_model(name: str, overrides: Sequence[str], fields: bool, template: bool
         from zoo.cli.template import show_template
 
         show_template(recipe)
+        return 0
+    if memory is not None:
+        from zoo.cli.memory import show_memory
+
+        show_memory(recipe, memory)
         return 0
     console = Console()
     with console.status(f"building {recipe.name} on the meta device"):

@@ -1,0 +1,125 @@
+"""``zoo show NAME --memory``: what a training step takes on each device."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from zoo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zoo.compare.memory import Memory
+    from zoo.module import ZooModule
+    from zoo.recipe import Recipe
+
+OPTIONS = ("--devices", "--strategy", "--batch-size", "--precision", "--accelerator")
+
+
+def parse(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace | None]:
+    """Take the options of ``--memory`` out of the words behind ``zoo show``; None where it is not among them.
+
+    Raises:
+        ConfigError: An option without ``--memory``, or a number that is none.
+    """
+    words = list(argv)
+    if "--memory" not in words:
+        alone = next((word for word in words if word.split("=")[0] in OPTIONS), None)
+        if alone is not None:
+            raise ConfigError(f"{alone.split('=')[0]} belongs to --memory: add it")
+        return words, None
+    words.remove("--memory")
+    parser = _Parser("zoo show NAME --memory", add_help=False, allow_abbrev=False)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--strategy", default=None)
+    parser.add_argument("--batch-size", type=int, default=None)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--accelerator", default="gpu", choices=("gpu", "cpu"))
+    found, rest = parser.parse_known_args(words)
+    return rest, found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def show_memory(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Print a line a stage.
+
+    Raises:
+        ConfigError: A strategy that is unknown, or a batch that the devices do not divide.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from zoo.cli.overrides import BATCH_SIZE
+    from zoo.compare.memory import STRATEGIES, predict, shared
+    from zoo.errors import near
+    from zoo.recipe import read_scale
+
+    devices = options.devices
+    strategy = options.strategy or ("single" if devices == 1 else "ddp")
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy = {strategy!r}{near(strategy, STRATEGIES)}")
+    batch = options.batch_size or read_scale(recipe.scale).batch_size or BATCH_SIZE
+    if devices < 1 or batch % devices:
+        raise ConfigError(f"a batch of {batch} is not divided by {devices} devices: choose another --batch-size")
+    module = _on_meta(recipe)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for head in ("stage", "parameters", "gradients", "optimizer", "activations", "peak a device"):
+        table.add_column(head, justify="left" if head == "stage" else "right")
+    for index, stage in enumerate(recipe.stages):
+        module.set_stage(index)
+        alone = predict(module, batch // devices, options.precision, options.accelerator)
+        each = shared(alone, devices, strategy, *_largest(module))
+        table.add_row(stage.name, *_row(each))
+    console = Console()
+    many = f"{devices} device{'s' if devices > 1 else ''}, {strategy}"
+    console.print(
+        f"{recipe.name}: {many}, {batch // devices} samples a device and step, {options.precision}", highlight=False
+    )
+    console.print(table)
+    console.print(
+        "Counted on the meta device; kernels' workspaces, fragments and libraries come on top (about 0.5 GB a GPU).",
+        style="dim",
+    )
+
+
+def _on_meta(recipe: Recipe) -> ZooModule:
+    import torch
+
+    from zoo.api import build_module
+
+    with torch.device("meta"):
+        return build_module(recipe, seed=0)
+
+
+def _largest(module: ZooModule) -> tuple[int, int]:
+    """Bytes of the largest unit that FSDP would gather, of the blocks (members of module lists) and what stands beside
+    them: all of it, and what is trained of it."""
+    from torch import nn
+
+    blocks = [block for holder in module.model.modules() if isinstance(holder, nn.ModuleList) for block in holder]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    rest = [p for p in module.model.parameters() if id(p) not in inside]
+    units = [list(block.parameters()) for block in blocks] + [[p] for p in rest]
+
+    def size(parameters: list[nn.Parameter]) -> int:
+        return sum(p.numel() * p.element_size() for p in parameters)
+
+    largest = max(units, key=size, default=[])
+    trained = max((size([p for p in unit if p.requires_grad]) for unit in units), default=0)
+    return size(largest), trained
+
+
+def _row(memory: Memory) -> list[str]:
+    values = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.peak)
+    return [_bytes(value) for value in values]
+
+
+def _bytes(value: int) -> str:
+    for size, unit in ((10**9, "GB"), (10**6, "MB")):
+        if value >= size:
+            return f"{value / size:.2f} {unit}" if value < 100 * size else f"{value / size:.0f} {unit}"
+    return f"{value / 1000:.1f} kB"
