@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from zoo_grounding.muse import MuseConfig
 from zoo_grounding.muse_command import main
 from zoo_grounding.muse_generated import MuseCocoConfig, MuseScenesConfig
+from zoo_grounding.muse_task import MuseTaskConfig
 from zoo_grounding.muse_templates import KINDS, SEG, Instance, parse_kinds, triples
 
+from zoo.capabilities import MaskedText
 from zoo.data.scenes_layout import Stream
 from zoo.errors import ConfigError, DataError
 
@@ -283,3 +286,41 @@ def test_scenes_are_asked_about_with_several_targets() -> None:
     assert source.version != config.build(32).scenes.version
     with pytest.raises(ConfigError, match=r"asks what data\.ask says"):
         MuseScenesConfig(questions="all")
+
+
+# -- the task ----------------------------------------------------------------------------------------------------------
+
+
+class Answering:
+    """A model that draws the wanted masks in the opposite order, and leaves out or adds one by the id."""
+
+    def __init__(self, source: Any) -> None:
+        self.wanted = {
+            source.sample(id).meta["turns"][0][0]: source.sample(id).meta["masks"] for id in source.ids("test")
+        }
+        self.less = False
+
+    def segment(self, images: Any, prompts: Any, max_new_tokens: int = 64) -> list[MaskedText]:
+        out = []
+        for question in prompts:
+            masks = [torch.from_numpy(mask) for mask in self.wanted[question]][::-1]
+            masks = masks[1:] if self.less else masks
+            stacked = torch.stack(masks) if masks else torch.zeros(0, HEIGHT, WIDTH, dtype=torch.bool)
+            out.append(MaskedText("", stacked, tuple("x" for _ in masks), tuple(1.0 for _ in masks)))
+        return out
+
+
+def test_task_pairs_masks_at_best_and_punishes_what_is_missing(coco: Path) -> None:
+    source = generated(coco, questions=1)
+    model = Answering(source)
+    task = MuseTaskConfig(items=0).build()
+    right = task.run(model, source, "test")
+    assert right.metrics["giou"] == right.metrics["ciou"] == right.metrics["count_right"] == 1.0
+    counts = [len(source.text_sample(id).meta["targets"]) for id in source.ids("test")]
+    assert right.metrics["targets"] == sum(counts)
+    model.less = True
+    less = task.run(model, source, "test")
+    assert less.metrics["giou"] == pytest.approx(np.mean([(n - 1) / n for n in counts]))
+    assert less.metrics["count_right"] == 0.0
+    assert less.metrics["ciou"] < 1
+    assert {row["item"] for row in less.items} == {f"{id}/0" for id in source.ids("test")}

@@ -80,6 +80,12 @@ PIXELLM = (
         summary="the same about scenes of icons: one question a scene, a mask of each instance it asks for",
     ),
     Component(
+        kind="task",
+        name="muse",
+        ref="zoo_grounding.muse_task:MuseTaskConfig",
+        summary="questions answered with several masks, paired at best: gIoU and cIoU of whole answers (MUSE)",
+    ),
+    Component(
         kind="command",
         name="muse",
         ref="zoo_grounding.muse_command:main",
