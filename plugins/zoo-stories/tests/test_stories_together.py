@@ -244,6 +244,52 @@ def test_banks_by_layer_and_time(unet: Any, sampler: str) -> None:
         Bank().read("a", 1.0)
 
 
+class DenseMask:
+    """The reference: all images as one sequence, under a mask over all pairs of their tokens."""
+
+    def __init__(self, state: Any, images: int, references: int) -> None:
+        self.state, self.images, self.references = state, images, references
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **others: Any) -> Tensor:
+        tokens = hidden_states.shape[1]
+        keep = torch.zeros(self.images, tokens, dtype=torch.bool)
+        for image in range(self.references):
+            keep[image, self.state.places(image, tokens)] = True
+        of = torch.arange(self.images).repeat_interleave(tokens)
+        mask = keep.flatten()[None] | (of[:, None] == of[None])  # [m n, m n]
+        joint = hidden_states.reshape(-1, self.images * tokens, hidden_states.shape[2])
+        q, k, v = (f(joint).unflatten(2, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2)).view_as(hidden_states)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_steps_of_a_whole_denoiser_under_the_dense_mask(unet: Any, kind: str) -> None:
+    denoiser, rules = unet(kind=kind), Consistency(rate=0.4, start_step=0, queries=7)
+    generator = torch.Generator().manual_seed(6)
+    tokens = torch.randn(4, 5, 16, generator=generator)
+    both = Features(torch.cat([tokens, torch.zeros_like(tokens)]))
+
+    def drawn(state: Any) -> Tensor:
+        state.begin(Cast.together(4, references=3))
+        how = Denoising(sampler="ddim", steps=3)
+        return draw_latents(
+            denoiser, DDPM(), both, how, (3.0, -2.0), [streams(0, n, 1)[0] for n in range(4)], grid=(8, 8)
+        )
+
+    with consistent(denoiser, rules) as state:
+        gathered = drawn(state)
+        chosen = set(choose_layers(denoiser.attention_processors(), "auto"))
+        dense = DenseMask(state, 4, 3)
+        mine = denoiser.attention_processors()
+        denoiser.set_attention_processors({name: dense if name in chosen else p for name, p in mine.items()})
+        masked = drawn(state)
+    torch.testing.assert_close(gathered, masked, atol=1e-4, rtol=0)
+    with consistent(denoiser, Consistency(rate=0.0)) as state:
+        assert (drawn(state) - gathered).abs().max() > 1e-2
+
+
 def test_batches_of_a_long_story() -> None:
     a, b = frozenset("a"), frozenset("b")
     story = [a, a, a | b, b, a, frozenset[str]()]

@@ -75,8 +75,8 @@ class MotionConfig(WiringConfig):
 class MotionPredictor(nn.Module):
     """Between two embeddings: their linear interpolation, read by a transformer, whose output is added to it.
 
-    The paper has the transformer give the embeddings themselves. Here it gives what is to be added (zero at the start),
-    so that a model that has learned nothing predicts the interpolation.
+    The paper has the transformer give the embeddings themselves. Here it gives what is to be added, in units of the
+    distance of both ends, which may be small beside their length: nothing at the start and always nothing at the ends.
 
     Args:
         embed: Width of the embeddings, D.
@@ -84,7 +84,7 @@ class MotionPredictor(nn.Module):
 
     def __init__(self, embed: int, width: int, depth: int, heads: int, ffn: int) -> None:
         super().__init__()
-        self.enter = nn.Linear(3 * embed, width)
+        self.enter = nn.Linear(2 * embed, width)
         self.time = nn.Linear(2 * TIMES, width)
         self.trunk = Trunk(TrunkConfig(width=width, depth=depth, heads=heads, ffn=ffn))
         self.leave = nn.Linear(width, embed)
@@ -94,14 +94,13 @@ class MotionPredictor(nn.Module):
     def forward(self, line: Tensor) -> Tensor:
         """What is to be added [B, L, D] to the interpolation [B, L, D], whose ends are embeddings of the pictures."""
         count = line.shape[1]
-        share = torch.linspace(0, 1, count, device=line.device, dtype=line.dtype)  # [L]
-        waves = share[:, None] * math.pi * torch.arange(1, TIMES + 1, device=line.device, dtype=line.dtype)
+        share = torch.linspace(0, 1, count, device=line.device, dtype=line.dtype)[:, None]  # [L, 1]
+        waves = share * math.pi * torch.arange(1, TIMES + 1, device=line.device, dtype=line.dtype)
         time = self.time(torch.cat([waves.sin(), waves.cos()], 1))  # [L, width]
-        # every row also knows both ends, which a row near one of them hardly holds the other of
-        ends = torch.cat([line[:, :1], line[:, -1:]], 2).expand(-1, count, -1)
-        x = self.enter(torch.cat([line, ends], 2)) + time
-        out = self.trunk(x)
-        added: Tensor = self.leave(out)
+        way = line[:, -1:] - line[:, :1]  # [B, 1, D]
+        distance = way.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        x = self.enter(torch.cat([line, (way / distance).expand(-1, count, -1)], 2)) + time
+        added: Tensor = self.leave(self.trunk(x)) * distance * 4 * share * (1 - share)
         return added
 
 
