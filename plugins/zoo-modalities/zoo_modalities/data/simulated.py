@@ -31,29 +31,35 @@ def _sample(id: str, label: str, modality: str, values: NDArray[Any], rate: floa
 
 @dataclass(frozen=True, kw_only=True)
 class SpokenDigitsConfig(GeneratedConfig):
-    """One second of sound: a number word by the synthesizer of letters, somewhere in noise.
+    """One second of sound: a number word by the synthesizer of letters, in noise.
 
     Attributes:
         noise: Largest deviation of the noise over the word's.
+        latest: Latest start of the word, seconds.
     """
 
     kind: ClassVar[str] = "spoken-digits"
     labels: ClassVar[tuple[str, ...]] = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-    noise: float = 0.3
+    noise: float = 0.1
+    latest: float = 0.2
 
     def open(self, image_size: int | None) -> SpokenDigits:
-        return SpokenDigits(self, self.noise)
+        if not 0 <= self.latest < 1 or self.noise < 0:
+            raise ConfigError(
+                f"data.latest = {self.latest} must be within 0 and 1, data.noise = {self.noise} 0 or more"
+            )
+        return SpokenDigits(self, self.noise, self.latest)
 
 
 class SpokenDigits(Generated):
-    """See `SpokenDigitsConfig`: one of four voices, the word anywhere in the second, any loudness within a factor 3."""
+    """See `SpokenDigitsConfig`: one of four voices, any loudness within a factor 3."""
 
     config: SpokenDigitsConfig
 
     def make(self, id: str, label: str, draw: Draw) -> Sample:
         word = speech.simulated(label, int(draw.integers(len(speech.PITCHES)))).values[: speech.RATE]
-        start = int(draw.integers(speech.RATE - len(word) + 1))
+        start = min(int(draw.uniform() * self.config.latest * speech.RATE), speech.RATE - len(word))
         wave = np.zeros(speech.RATE)
         wave[start : start + len(word)] = word
         wave += self.config.noise * draw.uniform() * float(word.std()) * draw.standard_normal(len(wave))

@@ -34,8 +34,7 @@ def from_state(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:
     if "0.mlp.fc1.weight" not in state:
         raise WeightsError("the file is a Meta-Transformer encoder without 0.mlp.fc1.weight: is it whole?")
     fields = {"width": width, "depth": len(blocks), "ffn": len(state["0.mlp.fc1.weight"])}
-    if width in HEADS:
-        fields["heads"] = HEADS[width]
+    fields["heads"] = HEADS.get(width, max(1, width // 64))
     return Official(
         recipe=resolve(recipe.model, values={"encoder": fields}),
         keymap=ENCODER.under("", "encoder.trunk."),
