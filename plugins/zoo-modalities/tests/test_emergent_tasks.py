@@ -172,3 +172,27 @@ def test_recipes_keep_their_contract() -> None:
     for name in ("imagebind", "imagebind-huge"):
         assert catalogue()["model"].plugin(name) == "zoo-modalities"
         check_published(name)
+
+
+def test_the_experiment_runs_from_the_command_line(tmp_path: Path) -> None:
+    """Towers first, then audio and depth on them, then retrieval of a pair that was never trained: a few steps."""
+    import json
+
+    from zoo.cli import main
+
+    small = ["budget.value=2", "batch_size=4", "first.towers.budget.value=1", "first.towers.batch_size=4"]
+    tasks = ["evaluation.tasks={emergent-retrieval:{items:12,pairs:audio-text+depth-text}}"]
+    command = ["train", "experiment=imagebind", "scale=tiny", "seed=0", *small, *tasks, f"out={tmp_path / 'out'}"]
+    assert main([*command, f"hydra.sweep.dir={tmp_path}/hydra"]) == 0
+    found = {p.parts[-3].split("+")[0]: p.parent for p in (tmp_path / "out").rglob("metrics.json")}
+    assert set(found) == {"clip", "imagebind"}
+    metrics = json.loads((found["imagebind"] / "metrics.json").read_text())["emergent-retrieval"]
+    assert metrics["chance_r1"] == pytest.approx(1 / 12)
+    assert 0 <= metrics["audio_text_r1"] <= 1
+    parts = json.loads((found["imagebind"] / "manifest.json").read_text())["parts"]
+    trained = {
+        part["path"]: part["trained"] for part in parts if part["path"] in ("encoder", "encoders", "text_encoder")
+    }
+    assert trained == {"encoder": False, "encoders": True, "text_encoder": False}
+    init = json.loads((found["imagebind"] / "init.json").read_text())
+    assert "encoders" in str(init)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from zoo_modalities.imagebind.bind import Bind
 from zoo_modalities.imagebind.weights import from_state
 
+import zoo
 from zoo.errors import WeightsError
 from zoo.recipe import Recipe, resolve
 from zoo.weights.keymaps import load_into
@@ -162,3 +165,16 @@ def test_a_file_of_another_size_is_refused_in_a_line(g: Any) -> None:
     with pytest.raises(WeightsError, match=r"width 32, that of imagebind width 1024: .*imagebind-huge") as caught:
         from_state(resolve("imagebind"), g.weights)
     assert "\n" not in str(caught.value)
+
+
+def test_the_releases_file_loads(g: Any, model: Bind, recipe: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
+    """A state dict saved as the release saves its own (a .pth), read by name with weights_only."""
+    path = tmp_path / "imagebind_small.pth"
+    torch.save(g.weights, path)
+    # the golden's sizes are no preset
+    monkeypatch.setattr(sys.modules["zoo.weights.load"], "resolve", lambda name: recipe)
+    loaded = zoo.from_pretrained(path, model="imagebind")
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value), name
+    x = g.inputs["depth"]
+    torch.testing.assert_close(loaded.model.features("depth", x), g.outputs["depth/embedding"], **EMBEDDING)
