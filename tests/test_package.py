@@ -183,7 +183,7 @@ from zoo.plugin import catalogue
 for kind, registry in catalogue().registries.items():
     for component in registry:
         if component.ref:
-            registry.config_class(component.name)
+            registry.load(component.name)
 for module in {modules!r}:
     __import__(module)
 after = state()

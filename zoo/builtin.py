@@ -18,6 +18,7 @@ from zoo.builtin_llamagen import LLAMAGEN
 from zoo.builtin_llm_draws import LLM_DRAWS
 from zoo.builtin_public_data import PUBLIC_DATA
 from zoo.builtin_scenes import SCENES
+from zoo.builtin_shards import SHARDS
 from zoo.builtin_t5 import T5
 from zoo.builtin_tasks import EVALUATIONS
 from zoo.builtin_transfusion import TRANSFUSION
@@ -470,5 +471,6 @@ WIRED = (
 )
 
 PLUGIN = Plugin(
-    name="zoo", components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *PUBLIC_DATA, *TASKS, *DRAWING, *SCENES, *EVALUATIONS)
+    name="zoo",
+    components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *PUBLIC_DATA, *SHARDS, *TASKS, *DRAWING, *SCENES, *EVALUATIONS),
 )

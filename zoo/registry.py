@@ -38,6 +38,9 @@ KINDS: dict[str, str] = {
     "checkpoint": "reads the weights that were released for the recipe of this name",
 }
 
+FUNCTIONS = ("checkpoint", "command")
+"""Kinds whose names stand for a function; all others, but models, stand for a Config class."""
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -110,25 +113,34 @@ class Registry:
     def plugin(self, name: str) -> str:
         return self._entries[name][1]
 
-    def config_class(self, name: str) -> type[Any]:
-        """Import and return the Config class behind ``name``.
+    def load(self, name: str) -> Any:
+        """Import and return what ``name`` stands for: a function of the kinds `FUNCTIONS`, else a Config class.
 
         Raises:
-            ConfigError: Unknown name, or the reference does not resolve.
+            ConfigError: Unknown name, or the reference does not resolve to such a thing.
             MissingExtra: The module needs a package that is not installed; the component says which extra brings it.
         """
         component = self.get(name)
         module, _, attribute = component.ref.partition(":")
         if not module or not attribute:
-            raise ConfigError(f"{self.kind} {name!r} has no Config class: its ref is {component.ref!r}")
+            what = "function" if self.kind in FUNCTIONS else "Config class"
+            raise ConfigError(f"{self.kind} {name!r} has no {what}: its ref is {component.ref!r}")
         try:
-            cls = getattr(importlib.import_module(module), attribute)
+            found = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # a plugin's module may raise anything
             if isinstance(error, ModuleNotFoundError) and error.name and component.extra:
                 raise MissingExtra(error.name, component.extra, f"{self.kind} {name!r}") from error
             raise ConfigError(f"{self.kind} {name!r} ({component.ref}) cannot be imported: {error}") from error
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        if self.kind in FUNCTIONS:
+            if not callable(found):
+                raise ConfigError(f"{self.kind} {name!r}: {component.ref} is not a function")
+        elif not (isinstance(found, type) and dataclasses.is_dataclass(found)):
             raise ConfigError(f"{self.kind} {name!r}: {component.ref} is not a dataclass")
+        return found
+
+    def config_class(self, name: str) -> type[Any]:
+        """``load`` of a kind that has Config classes."""
+        cls: type[Any] = self.load(name)
         return cls
 
     def parse(

@@ -25,18 +25,15 @@ COMMANDS = {
 }
 
 
-def all_commands() -> dict[str, tuple[str, str]]:
-    """Name -> (``module`` or ``module:function``, what it does). A plugin cannot replace one of those."""
+def usage() -> str:
     from zoo.plugin import catalogue
 
-    return {**{c.name: (c.ref, c.summary) for c in catalogue()["command"]}, **COMMANDS}
-
-
-def usage() -> str:
-    known = all_commands()
-    known = {**{name: known[name] for name in COMMANDS}, **known}
-    width = max(map(len, known))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in known.items()]
+    known = [
+        *((name, text) for name, (_, text) in COMMANDS.items()),
+        *((c.name, c.summary) for c in catalogue()["command"]),
+    ]
+    width = max(len(name) for name, _ in known)
+    lines = [f"  {name:<{width}}  {text}" for name, text in known]
     return "usage: zoo COMMAND ...\n\n" + "\n".join(lines) + "\n\nzoo COMMAND --help tells more."
 
 
@@ -56,11 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = arguments.pop(0)
     try:
-        known = COMMANDS if name in COMMANDS else all_commands()
-        if name not in known:
-            raise ConfigError(f"unknown command {name!r}{near(name, known)}")
-        module, _, function = known[name][0].partition(":")
-        status: int = getattr(importlib.import_module(module), function or "main")(arguments)
+        if name in COMMANDS:
+            status: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
+            return status
+        from zoo.plugin import catalogue
+
+        words = catalogue()["command"]
+        if name not in words:
+            raise ConfigError(f"unknown command {name!r}{near(name, (*COMMANDS, *words.names()))}")
+        status = words.load(name)(arguments)
         return status
     except ZooError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from zoo.errors import ZooError
 from zoo.plugin import API, Plugin, catalogue, registered
+from zoo.registry import FUNCTIONS
 from zoo.testing.codecs import check_patch_codec
 from zoo.testing.config import check_config, expect
 from zoo.testing.data_tokenizers import check_data_tokenizer
@@ -51,15 +52,13 @@ def check_component(kind: str, name: str) -> None:
         AssertionError: Naming the broken promise.
     """
     check = CHECKS.get(kind)
-    if kind == "command":
-        module, _, function = catalogue()[kind].get(name).ref.partition(":")
-        main = getattr(importlib.import_module(module), function or "main", None)
-        expect(callable(main), f"command {name!r}: {module} has no function {function or 'main'!r}")
-    elif kind == "checkpoint":
-        expect(name in catalogue()["model"], f"checkpoint {name!r}: there is no recipe of this name")
-        module, _, function = catalogue()[kind].get(name).ref.partition(":")
-        reader = getattr(importlib.import_module(module), function, None)
-        expect(callable(reader), f"checkpoint {name!r}: {module} has no function {function!r}")
+    if kind in FUNCTIONS:
+        known = kind != "checkpoint" or name in catalogue()["model"]
+        expect(known, f"checkpoint {name!r}: there is no recipe of this name")
+        try:
+            catalogue()[kind].load(name)
+        except ZooError as error:
+            raise AssertionError(str(error)) from error
     elif check is not None:
         check(name)
     else:

@@ -33,7 +33,22 @@ def main(argv: Sequence[str]) -> int:
     preview.add_argument("--count", type=int, default=12, help="samples")
     preview.add_argument("--size", type=int, default=None, help="pixels, for data that is rendered")
     preview.add_argument("--out", default="preview.png", help="the PNG to write")
+    pack = commands.add_parser(
+        "pack",
+        help="write any dataset as tar shards (WebDataset) with an index and checksums",
+        description="Write a dataset as tar shards with an index and checksums, in parallel; stopped and started again,"
+        " it writes what is missing. Train on them with data=shards data.root=OUT.",
+    )
+    pack.add_argument("data", metavar="NAME[,FIELD=VALUE...]", help="e.g. openmoji-scenes,objects=2..4")
+    pack.add_argument("--out", required=True, help="folder of the shards")
+    pack.add_argument("--splits", default="train,val,test", help="which splits, joined by commas")
+    pack.add_argument("--samples", type=int, default=1000, help="of a shard, at most")
+    pack.add_argument("--format", default="png", help="of images: png keeps every pixel, jpeg does not")
+    pack.add_argument("--size", type=int, default=None, help="pixels, for data that is rendered")
+    pack.add_argument("--workers", type=int, default=1, help="processes")
     arguments = parser.parse_args(argv)
+    if arguments.command == "pack":
+        return _pack(arguments)
     return _preview(arguments) if arguments.command == "preview" else _capfilt(arguments)
 
 
@@ -60,6 +75,36 @@ def _preview(arguments: argparse.Namespace) -> int:
         raise RunError(f"cannot write {out}: {error.strerror or error}") from None
     print(f"{out}: {min(arguments.count, len(ids))} of {len(ids)} {arguments.split} samples of {source.name}")
     print(source.licence)
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from zoo.cli.commands.eval import parse_data
+    from zoo.data.pack import Packing, pack
+
+    packing = Packing(
+        data=parse_data(arguments.data),
+        out=Path(arguments.out),
+        samples=arguments.samples,
+        splits=tuple(split for split in arguments.splits.split(",") if split),
+        image_format=arguments.format,
+        image_size=arguments.size,
+        workers=arguments.workers,
+    )
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("shards", total=None)
+        done = pack(packing, lambda now, total: progress.update(bar, completed=now, total=total))
+    samples, size = (sum(shard[key] for shard in done["shards"]) for key in ("samples", "bytes"))
+    print(f"{arguments.out}: {samples} samples in {len(done['shards'])} shards, {size / 1e6:.1f} MB")
+    for line in done["skipped"]:
+        print(f"left out: {line}")
+    print(done["licence"])
+    print(f"train on them: zoo train data=shards data.root={arguments.out} ...")
     return 0
 
 

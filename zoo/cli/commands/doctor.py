@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         for component in registry:
             if component.ref:
                 try:
-                    registry.config_class(component.name)
+                    registry.load(component.name)
                 except Exception as error:
                     wrong += 1
                     line(False, f"{kind} {component.name}: {' '.join(str(error).split())}")

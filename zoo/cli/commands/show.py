@@ -95,13 +95,13 @@ def show_part(kind: str, name: str) -> None:
     from zoo.plugin import catalogue
 
     component = catalogue()[kind].get(name)
-    cls = catalogue()[kind].config_class(name)
+    cls = catalogue()[kind].load(name)
     console = Console()
     console.print(
         f"[bold]{name}[/bold]  {kind}, from {catalogue()[kind].plugin(name)}: {component.summary}", highlight=False
     )
     console.print(inspect.cleandoc(cls.__doc__ or ""), markup=False, highlight=False)
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
         default = None
         if field.default is not dataclasses.MISSING:
             default = field.default

@@ -1,0 +1,14 @@
+"""Data in shards, of the zoo's own manifest (``zoo.builtin``). Data only."""
+
+from __future__ import annotations
+
+from zoo.registry import Component
+
+SHARDS = (
+    Component(
+        kind="data",
+        name="shards",
+        ref="zoo.data.shards:ShardsConfig",
+        summary="tar shards of zoo data pack, or WebDataset's from elsewhere (root=PATH)",
+    ),
+)
