@@ -110,10 +110,9 @@ def pair_loss(images: Tensor, items: Tensor, scale: Tensor, rows: Tensor | None 
     all_queries, all_items, everything = queries, items, float(count)
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several:  # ranks may have other numbers of pairs, and rows are gathered in equal ones
-        present = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        present[:count] = True
+        present = (torch.arange(len(images), device=images.device) < count).float()
         spare = (0, 0, 0, len(images) - count)
-        kept = gather_rows(present)
+        kept = gather_rows(present) > 0
         all_queries, all_items = (gather_rows(F.pad(t, spare))[kept] for t in (queries, items))
         first = int(kept[: dist.get_rank() * len(images)].sum())
         everything = float(len(all_items)) / dist.get_world_size()
