@@ -182,10 +182,11 @@ class Segmenter(AnswersWithMasks, Bridge):
         """Logits [M, h, w] over squares of M targets, whose tokens stand at ``places`` [M, Q] in the rows ``row`` [M]
         of ``hidden`` [B, T, D]: each is prompted by the states before them, which predict them."""
         prompts = self.text_hidden(hidden[row[:, None], places - 1])  # [M, Q, C]
-        if not len(row):  # the images are not needed, but what learns stays in the graph
-            mask_pixels = None if mask_pixels is None else mask_pixels[:1]
-        seen = self.mask_decoder.encode(mask_pixels, levels)
-        return self.mask_decoder.decode(seen, prompts, row)
+        if len(row):
+            return self.mask_decoder.decode(self.mask_decoder.encode(mask_pixels, levels), prompts, row)
+        # one image is enough where nothing is drawn, so that what learns stays in the graph, as DDP asks
+        seen = self.mask_decoder.encode(None if mask_pixels is None else mask_pixels[:1], levels)
+        return self.mask_decoder.decode(seen, prompts, row) + 0.0 * self.text_hidden(hidden[:1, :1]).sum()
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 """CLIP's vision tower of transformers on the zoo's trunk, for systems that read several of its layers or hide patches
-(LISA, PixelLM). Whole towers stay with open_clip: see :mod:`zoo.weights.keymaps.clip`."""
+(PixelLM). Whole towers stay with open_clip: see :mod:`zoo.weights.keymaps.clip`."""
 
 from __future__ import annotations
 

@@ -171,8 +171,12 @@ def drawn(shapes: Sequence[Any], height: int, width: int, id: str = "mask") -> N
     return out
 
 
-@lru_cache(maxsize=4096)
 def _read(file: Path) -> dict[str, Any]:
+    return _parsed(file, file.stat().st_mtime_ns, file.stat().st_size)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(file: Path, changed: int, size: int) -> dict[str, Any]:
     about = _json(file)
     if not (
         isinstance(about, dict) and {"text", "is_sentence", "shapes"} <= set(about) and isinstance(about["text"], list)
