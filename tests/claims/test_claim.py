@@ -12,6 +12,7 @@ from zoo.claims.claim import Claim, Stated, claim_files, load_claim, read_claim,
 from zoo.claims.report import expected_runs, quantity
 from zoo.claims.verdict import answers
 from zoo.errors import ConfigError
+from zoo.plugin import Plugin, registered
 
 Make = Callable[..., Claim]
 
@@ -126,3 +127,20 @@ def test_the_digest_follows_the_runs_and_not_the_words(make_claim: Make) -> None
     assert make_claim(title="other", at_least=0.1, note="n", minutes=9.0).digest() == claim.digest()
     assert make_claim(variant={"experts": ["trunk.pair_layers=1"]}).digest() != claim.digest()
     assert make_claim(experiment="claims-coca").digest() != claim.digest()
+
+
+def test_a_plugins_broken_claim_is_said_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "zoo_broken_claims"
+    (package / "conf" / "claim").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "conf" / "claim" / "X1.yaml").write_text("title: no more than a title\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with registered(Plugin(name="broken-claims", conf="pkg://zoo_broken_claims/conf")):
+        names = [claim.name for claim in read_claims()]
+        assert "F2" in names
+        assert "X1" not in names
+        assert "left out: claim X1" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match="claim X1"):
+            read_claims(["X1"])

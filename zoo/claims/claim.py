@@ -19,12 +19,13 @@ A claim says that a quantity lies within bounds. The kinds differ in the quantit
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from zoo.errors import ConfigError, near
-from zoo.plugin import catalogue
+from zoo.plugin import catalogue, conf_dir
 from zoo.recipe_files import read_yaml
 from zoo.registry import parse, refuse_code
 
@@ -308,7 +309,8 @@ def read_claim(name: str) -> Claim:
 
 
 def read_claims(names: tuple[str, ...] | list[str] = ()) -> list[Claim]:
-    """The claims of these names or ids (``T8`` is T8-linear, T8-unet, ...); all claims where none is given.
+    """The claims of these names or ids (``T8`` is T8-linear, T8-unet, ...); all claims where none is given, but for
+    those of plugins that are wrong, which are said on stderr: a broken plugin is never fatal.
 
     Raises:
         ConfigError: As ``read_claim``.
@@ -318,4 +320,12 @@ def read_claims(names: tuple[str, ...] | list[str] = ()) -> list[Claim]:
     for name in names or files:
         same = [file for file in files if file == name or file.partition("-")[0] == name]
         chosen.update(dict.fromkeys(same or [name]))
-    return [read_claim(name) for name in chosen]
+    found = []
+    for name in chosen:
+        try:
+            found.append(read_claim(name))
+        except ConfigError as error:
+            if names or files[name].is_relative_to(conf_dir()):
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    return found
