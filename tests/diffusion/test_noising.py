@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from torch import Tensor
 
 from zoo.diffusion import ode
@@ -108,6 +115,125 @@ def test_ways_back_agree_with_diffusers(schedule: str, prediction: str, spacing:
     torch.testing.assert_close(found, expected, **EXACT)
     alone = denoise(process, predict, x[1:2], Denoising(sampler=sampler, steps=7, spacing=spacing), streams(5, 1, 1))
     torch.testing.assert_close(alone, found[1:2], **STEPS)
+
+
+FURTHER: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "dpm-solver": (DPMSolverMultistepScheduler, PREDICTIONS),
+    "euler": (EulerDiscreteScheduler, ("epsilon", "v_prediction")),
+    "pndm": (PNDMScheduler, ("epsilon", "v_prediction")),
+}
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", FURTHER)
+def test_multistep_ways_back_agree_with_diffusers(sampler: str, spacing: str) -> None:
+    """With Stable Diffusion's schedule and offset, from an image as well as from noise."""
+    kind, predictions = FURTHER[sampler]
+    x, clean, weight = draws(2, 4, 2, 2), draws(2, 4, 2, 2, seed=2), draws(4, 4, seed=1)
+
+    def predict(x: Tensor, level: Tensor) -> Tensor:
+        return torch.einsum("nchw,cd->ndhw", x, weight).tanh() + level[:, None, None, None] / LEVELS
+
+    for prediction in predictions:
+        process = DDPM("scaled_linear", prediction)
+        fields = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+        more = {"skip_prk_steps": True} if sampler == "pndm" else {}
+        how = Denoising(sampler=sampler, steps=6, spacing=spacing, offset=1, clean_end=False)
+        for first in (0, 2):
+            reference = kind(**fields, **more, prediction_type=prediction, timestep_spacing=spacing)
+            reference.set_timesteps(6)
+            times = reference.timesteps[first:]
+            expected = x * reference.init_noise_sigma
+            if first:
+                if hasattr(reference, "set_begin_index"):
+                    reference.set_begin_index(first)
+                expected = reference.add_noise(clean, x, times[:1])
+            for time in times:
+                out = predict(reference.scale_model_input(expected, time), time.float().expand(2))
+                expected = reference.step(out, time, expected).prev_sample
+            begun = {"known": clean, "strength": 4 / 6} if first else {}
+            torch.testing.assert_close(denoise(process, predict, x, how, **begun), expected, **EXACT)  # type: ignore[arg-type]
+
+
+def test_no_signal_is_left_at_the_last_level_with_zero_terminal_snr() -> None:
+    """arXiv 2305.08891: v still tells the image there, predicted noise does not and is refused; trailing steps begin
+    there."""
+    process = DDPM("scaled_linear", "v_prediction", zero_snr=True)
+    clean, noise, last = draws(2, 4, 3, 3), draws(2, 4, 3, 3, seed=1), torch.tensor([999, 999])
+    torch.testing.assert_close(process.corrupt(clean, noise, last), noise, atol=1e-5, rtol=0)
+    torch.testing.assert_close(process.target(clean, noise, last), -clean, atol=1e-5, rtol=0)
+    assert float(DDPM("scaled_linear").snr(last.float())[0]) > 1e-3
+    assert float(process.snr(last.float())[0]) < 1e-8
+    levels: list[float] = []
+
+    def exact(x: Tensor, level: Tensor) -> Tensor:
+        levels.append(float(level[0]))
+        a = process.scheduler.alphas_cumprod[int(level[0])]
+        return ((a.sqrt() * x) - clean) / (1 - a).sqrt()  # the v of this image
+
+    found = denoise(process, exact, noise, Denoising(sampler="ddim", steps=4, spacing="trailing"))
+    torch.testing.assert_close(found, clean, atol=1e-4, rtol=1e-4)
+    assert levels[0] == 999
+    with pytest.raises(ValueError, match="zero_snr"):
+        DDPM("scaled_linear", "epsilon", zero_snr=True)
+    with pytest.raises(ConfigError, match="zero_snr"):
+        denoise(process, exact, noise, Denoising(sampler="pndm", steps=4))
+
+
+def test_signal_to_noise_is_the_schedules() -> None:
+    process = DDPM("scaled_linear")
+    level = torch.tensor([0.0, 250.0, 999.0])
+    a = process.scheduler.alphas_cumprod[[0, 250, 999]]
+    torch.testing.assert_close(process.snr(level), a / (1 - a))
+
+
+@pytest.mark.parametrize("sampler", [*DDPM.samplers, "euler-flow", "midpoint"])
+def test_what_is_known_stays(sampler: str) -> None:
+    """Before the last step known latents are at the step's level, made of the noise it began with; then clean."""
+    flow = sampler in ("euler-flow", "midpoint")
+    process: Process = Flow() if flow else DDPM(prediction="v_prediction")
+    how = Denoising(sampler=sampler.removesuffix("-flow"), steps=5)
+    clean, noise = draws(2, 4, 4, 4), draws(2, 4, 4, 4, seed=1)
+    unknown = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    unknown[0, :, :2], unknown[1, :, :, 3:] = True, True
+    seen: list[tuple[Tensor, float]] = []
+
+    def predict(x: Tensor, level: Tensor) -> Tensor:
+        seen.append((x, float(level[0])))
+        return x.tanh()
+
+    found = denoise(process, predict, noise, how, streams(0, 0, 2), known=clean, unknown=unknown)
+    there = ~unknown.expand_as(clean)
+    assert torch.equal(found[there], clean[there])
+    assert float((found[~there] - clean[~there]).abs().min()) > 0
+    if sampler in ("ddpm", "ddim", "euler-flow"):
+        x, level = seen[-1]
+        time = torch.full((2,), 1 - level / LEVELS) if flow else torch.full((2,), int(level))
+        torch.testing.assert_close(x[there], process.corrupt(clean, noise, time)[there], **STEPS)
+
+
+def test_drawing_on_from_an_image_begins_where_strength_says() -> None:
+    process, clean, noise = DDPM(prediction="v_prediction"), draws(1, 4, 3, 3), draws(1, 4, 3, 3, seed=1)
+    begun: list[tuple[Tensor, float]] = []
+
+    def predict(x: Tensor, level: Tensor) -> Tensor:
+        begun.append((x, float(level[0])))
+        return x * 0
+
+    denoise(process, predict, noise, Denoising(sampler="ddim", steps=10), known=clean, strength=0.3)
+    assert [level for _, level in begun] == [200.0, 100.0, 0.0]
+    torch.testing.assert_close(begun[0][0], process.corrupt(clean, noise, torch.tensor([200])), **STEPS)
+    begun.clear()
+    denoise(Flow(), predict, noise, Denoising(sampler="euler", steps=10), known=clean, strength=0.3)
+    assert len(begun) == 3
+    torch.testing.assert_close(begun[0][0], 0.3 * noise + 0.7 * clean, **STEPS)
+    for call in (
+        lambda: denoise(process, predict, noise, Denoising(sampler="ddim", steps=3), known=clean, strength=0.2),
+        lambda: denoise(process, predict, noise, Denoising(sampler="ddim", steps=3), strength=0.5),
+        lambda: denoise(Flow(), predict, noise, Denoising(sampler="rk45"), known=clean, strength=0.5),
+    ):
+        with pytest.raises(ConfigError):
+            call()
 
 
 def test_predictions_that_agree_give_one_and_the_same_image() -> None:

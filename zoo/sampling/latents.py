@@ -64,7 +64,9 @@ def draw_latents(
         guided = mixed(out, mix)
         return rescaled(guided, out[:count], rescale) if rescale and len(mix) > 1 else guided
 
-    return denoise(process, predict, noise, how, generators, known=known, unknown=unknown, strength=strength, tell=tell)
+    more = {"known": known, "unknown": unknown, "strength": strength, "tell": tell}
+    with denoiser.remembering():
+        return denoise(process, predict, noise, how, generators, **more)  # type: ignore[arg-type]
 
 
 def branches(conditions: Sequence[Features]) -> Features:
