@@ -20,13 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from coca_step import peak_bytes  # declares torchvision's operations, which diffusers imports
 from torch import Tensor
 from zoo_stories.attention import Cast, ConsistentAttention, Passes
 from zoo_stories.consistency import Consistency, choose_layers
-from zoo_stories.memory import peak_bytes
 from zoo_stories.together import consistent
 
-from zoo import torchvision_ops
 from zoo.compare.record import git_state, hardware, versions
 from zoo.denoisers.unet import UNetConfig
 
@@ -141,7 +140,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     given = parser.parse_args()
-    torchvision_ops.ensure()
     clock = time.process_time if given.clock == "cpu" else time.perf_counter
     if given.clock == "cpu":
         torch.set_num_threads(1)

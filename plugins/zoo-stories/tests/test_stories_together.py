@@ -195,6 +195,23 @@ def test_windows_cover_everything() -> None:
     assert windows(6, 4, 4) == [range(4), range(2, 6)]
 
 
+def test_what_is_there_at_once_is_counted() -> None:
+    cpu = torch.device("cpu")
+    given = torch.ones(100)
+
+    def step() -> Tensor:
+        a = given + 1  # 400 bytes
+        b = a.view(10, 10) * 2  # 800, of which a view takes none
+        del a  # 400
+        c = torch.cat([b, b])  # 1200
+        del b, c
+        return torch.zeros(50)  # 200
+
+    assert peak_bytes(step, cpu) == 1200
+    with torch.inference_mode():
+        assert peak_bytes(step, cpu) == 1200
+
+
 def test_twelve_images_in_the_memory_of_four(unet: Any) -> None:
     """And all together in less than a dense mask would take."""
     denoiser, cpu = unet(), torch.device("cpu")
