@@ -284,8 +284,8 @@ def test_scenes_are_asked_about_with_several_targets() -> None:
         assert sample.image.size == (32, 32)
     assert several > 15
     assert source.version != config.build(32).scenes.version
-    with pytest.raises(ConfigError, match=r"asks what data\.ask says"):
-        MuseScenesConfig(questions="all")
+    with pytest.raises(ConfigError, match="unknown kind 'everything'"):
+        MuseScenesConfig(ask="everything", kinds=12).build(32)
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zoo.data.public.base import Item, PublicConfig
-from zoo.data.sample import BadSample, Sample
+from zoo.data.sample import BadSample, Sample, SourceConfig
 from zoo.data.scenes import Scenes, ScenesConfig, parse_range
 from zoo.data.scenes_layout import Stream
 from zoo.errors import ConfigError
@@ -174,7 +174,9 @@ def muse_rows(source: MuseCoco, file: str, split: str) -> Iterator[dict[str, Any
             }
             for row in marked
         ]
-        kept = {key: image[key] for key in ("file_name", "coco_url", "height", "width", "id") if key in image}
+        kept: dict[str, Any] = {
+            key: image[key] for key in ("file_name", "coco_url", "height", "width", "id") if key in image
+        }
         yield {
             **kept,
             "ann_list": listed,
@@ -188,27 +190,42 @@ def muse_rows(source: MuseCoco, file: str, split: str) -> Iterator[dict[str, Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuseScenesConfig(ScenesConfig):
-    """Scenes of icons (``openmoji-scenes``, whose fields these are) with one question a scene, answered with a mask of
-    each instance that it asks for. ``questions`` is not used; ``ask`` and ``targets`` are as in ``muse-coco``.
+class MuseScenesConfig(SourceConfig):
+    """Scenes of icons with one question a scene, answered with a mask of each instance that it asks for.
+
+    Scenes are those of ``data=openmoji-scenes`` without questions (see its fields of the same names); ``ask`` and
+    ``targets`` are as in ``muse-coco``.
     """
 
     kind: ClassVar[str] = "muse-scenes"
+    size: int | None = None
     objects: str | int = "2..5"
-    questions: str = "none"
     ask: str = "any"
     targets: str | int = "1..4"
-
-    def __post_init__(self) -> None:
-        if self.questions != "none":
-            raise ConfigError(
-                f"data.questions = {self.questions!r}: muse-scenes asks what data.ask says; leave it at none"
-            )
+    icons: Literal["heldout", "train"] = "heldout"
+    kinds: int = 0
+    overlap: bool = False
+    background: Literal["white", "coloured"] = "white"
+    train_scenes: int = 20_000
+    val_scenes: int = 500
+    test_scenes: int = 1_000
+    seed: int = 0
 
     def open(self, image_size: int | None) -> MuseScenes:
-        inner = {f.name: getattr(self, f.name) for f in fields(ScenesConfig)}
-        scenes = ScenesConfig(**inner).open(image_size)
-        return MuseScenes(self, scenes)
+        scenes = ScenesConfig(
+            size=self.size,
+            objects=self.objects,
+            questions="none",
+            icons=self.icons,
+            kinds=self.kinds,
+            overlap=self.overlap,
+            background=self.background,
+            train_scenes=self.train_scenes,
+            val_scenes=self.val_scenes,
+            test_scenes=self.test_scenes,
+            seed=self.seed,
+        )
+        return MuseScenes(self, scenes.open(image_size))
 
 
 class MuseScenes:

@@ -26,8 +26,10 @@ def _share(label: str, above: str, below: str, help: str) -> MetricInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class MuseTaskConfig(GroundingConfig):
-    """Fields of the task ``muse``: those of ``grounding``."""
+    """Fields of the task ``muse``: those of ``grounding``. Answers may be long: one that breaks off within a target has
+    no mask at all."""
 
+    max_new_tokens: int = 96
     metrics: ClassVar[Mapping[str, MetricInfo]] = {
         "giou": MetricInfo(
             label="gIoU", numerator="score", percent=True, primary=True,
@@ -36,7 +38,7 @@ class MuseTaskConfig(GroundingConfig):
         ),
         "ciou": _share("cIoU", "intersection", "union", "all intersections over all unions, lone masks added"),
         "giou_one": _share("gIoU, one", "score_one", "one", "gIoU of questions with one target"),
-        "giou_several": _share("gIoU, several", "score_several", "several", "gIoU of questions with more than one target"),
+        "giou_several": _share("gIoU, several", "score_several", "several", "gIoU of questions with several targets"),
         "giou_many": _share("gIoU, many", "score_many", "many", "gIoU of questions with three targets or more"),
         "count_right": MetricInfo(
             label="right number", numerator="count_right", percent=True, help="answers with the right number of masks"

@@ -125,7 +125,7 @@ def _make(kind: str, instances: Sequence[Instance], stream: Stream, targets: tup
 
 def _names(instances: Sequence[Instance], stream: Stream, targets: tuple[int, int]) -> Triple | None:
     """Some names, each with all of its instances."""
-    names = stream.shuffled(dict.fromkeys(i.name for i in instances))
+    names = stream.shuffled(list(_counts(instances)))
     chosen: list[str] = []
     found: list[int] = []
     wanted = targets[0] + stream.below(targets[1] - targets[0] + 1)

@@ -20,6 +20,10 @@ _LIGHTNING: dict[str, Any] = {
     "family": "llama", "width": 4096, "depth": 32, "heads": 32, "kv_heads": 0, "ffn": 11008, "vocab_size": 32000,
     "context_length": 2048, "options": {"rms_norm_eps": 1e-6}, "tokenizer": "hf:huggyllama/llama-7b",
 }  # fmt: skip
+_SEVERAL: dict[str, Any] = {
+    "icons": "train", "kinds": 12, "objects": "2..4", "questions": "name+every+several", "wording": "plain",
+    "people": False, "turns": 1,
+}  # fmt: skip
 
 PIXELLM = (
     Component(
@@ -78,6 +82,13 @@ PIXELLM = (
         name="muse-scenes",
         ref="zoo_grounding.muse_generated:MuseScenesConfig",
         summary="the same about scenes of icons: one question a scene, a mask of each instance it asks for",
+    ),
+    Component(
+        kind="data",
+        name="several-targets",
+        ref="zoo_grounding.data.scenes:GroundingScenesConfig",
+        preset=_SEVERAL,
+        summary="scenes of two to four icons of 12 kinds, one question with one to four targets (claims)",
     ),
     Component(
         kind="task",

@@ -67,12 +67,12 @@ class ShrunkMLP(Connector):
                 "connector shrunk-mlp reads a grid of patches without a class token: set encoder.cls=false"
             )
         size = (self.cells, self.cells)
-        patches = features.tokens.transpose(1, 2).unflatten(2, features.grid)  # [B, D, h, w]
+        patches = _grid(features.tokens.transpose(1, 2), features.grid)  # [B, D, h, w]
         mask = features.mask
         if mask is None:
             small, real = F.interpolate(patches, size, mode="bilinear"), None
         else:
-            shown = mask.unflatten(1, features.grid)[:, None].to(patches.dtype)  # [B, 1, h, w]
+            shown = _grid(mask[:, None], features.grid).to(patches.dtype)  # [B, 1, h, w]
             real = F.interpolate(shown, size, mode="nearest").flatten(1).bool()
             small = self._shrunk(patches, shown, size)
         cells: Tensor = self.proj(small.flatten(2).transpose(1, 2))  # [B, cells, D_out]
@@ -84,3 +84,8 @@ class ShrunkMLP(Connector):
         weight = F.interpolate(shown, size, mode="bilinear")
         total = F.interpolate(torch.where(shown.bool(), patches, 0.0), size, mode="bilinear")
         return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def _grid(rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, C, h * w] -> [B, C, h, w]."""
+    return rows.reshape(*rows.shape[:2], *size)

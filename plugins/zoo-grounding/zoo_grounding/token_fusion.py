@@ -35,5 +35,5 @@ class TokenFusion(nn.Module):
 
     def forward(self, prompts: Tensor) -> Tensor:
         """Prompts [M, scales * tokens, C], scale by scale, to one vector a scale: [M, scales, C]."""
-        tokens = prompts.unflatten(1, self.shape)  # [M, scales, tokens, C]
+        tokens = prompts.reshape(len(prompts), *self.shape, prompts.shape[2])  # [M, scales, tokens, C]
         return torch.einsum("mstc,t->msc", tokens, self.token_weights.to(tokens.dtype))

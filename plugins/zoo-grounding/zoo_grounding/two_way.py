@@ -108,13 +108,12 @@ class TwoWayTransformer(nn.Module):
         Returns:
             The tokens [B, T, C] and the image [B, C, h, w].
         """
-        size = image.shape[-2:]
         cells, places = image.flatten(2).transpose(1, 2), grid.flatten(1).T[None]  # [B, h*w, C], [1, h*w, C]
         place = tokens
         for layer in self.layers:
             tokens, cells = layer(tokens, cells, place, places)
         read = self.final_attn_token_to_image(tokens + place, cells + places, cells)
-        return self.norm_final_attn(tokens + read), cells.transpose(1, 2).unflatten(2, size)
+        return self.norm_final_attn(tokens + read), cells.transpose(1, 2).reshape(image.shape)
 
 
 class FourierGrid(nn.Module):
