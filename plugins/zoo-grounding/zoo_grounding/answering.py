@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class AnswersWithMasks(nn.Module):
     ``Segmenter``)."""
 
     decoder: Decoder
-    encoder: nn.Module
+    encoder: Any
+    tokenizer: Any
     mask_decoder: Any
     config: SegmenterConfig
     mask_names: tuple[str, ...]
@@ -46,25 +47,22 @@ class AnswersWithMasks(nn.Module):
         def square(self) -> Square: ...
         @property
         def device(self) -> torch.device: ...
-        @property
-        def tokenizer(self) -> Any: ...
         def _look(self, pixel_values: Tensor) -> tuple[Features, list[Features]]: ...
         def _sequence(self, ids: Tensor, attention_mask: Tensor | None, eye: Features) -> tuple[Tensor, Layout]: ...
         def _draw(
             self, hidden: Tensor, places: Tensor, row: Tensor, mask_pixels: Tensor | None, levels: Sequence[Features]
         ) -> Tensor: ...
 
-    @overload
-    def segment(self, images: ImageLike, prompts: str, max_new_tokens: int = 64) -> MaskedText: ...
-    @overload
-    def segment(
-        self, images: Sequence[ImageLike], prompts: Sequence[str], max_new_tokens: int = 64
-    ) -> list[MaskedText]: ...
-
     def segment(self, images: Any, prompts: Any, max_new_tokens: int = 64) -> Any:
         """Answer a question about each image greedily; every target that the answer names comes with its mask.
 
-        One image and one prompt give one answer. An answer without a target has masks [0, H, W].
+        Args:
+            images: N images or paths, or one where ``prompts`` is one str.
+            prompts: N questions, or one.
+            max_new_tokens: Most tokens of an answer.
+
+        Returns:
+            A list of N ``MaskedText``, or one for one prompt. An answer without a target has masks [0, H, W].
 
         Raises:
             ConfigError: Images and prompts that differ in number.
@@ -217,7 +215,8 @@ class AnswersWithMasks(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
-        **others: Tensor | None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of every position of rows with one image each; an image's padding is hidden."""
         if pixel_values is None:

@@ -70,7 +70,7 @@ class GroundingProcessor(PromptProcessor):
             if sample.image is None or len(sample.meta.get("images") or ()) > 1:
                 raise DataError(f"sample {sample.id!r} must show one image, for masks to be drawn in")
         batch = super().__call__(samples, train, draws)
-        seen, resized, sizes = self.square([s.image for s in samples])
+        seen, resized, sizes = self.square([s.image for s in samples if s.image is not None])
         batch["pixel_values" if self.shares else "mask_pixels"] = seen
         return {
             **batch,

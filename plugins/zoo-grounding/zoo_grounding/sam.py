@@ -80,7 +80,7 @@ class SamConfig(MaskDecoderConfig):
         depth, embed = int(sizes["depth"]), int(sizes.get("embed_width", self.embed_width))
         patch = max(1, int(sizes.get("patch_size", 2 * self.patch_size)) // 2)
         grid = int(sizes.get("image_size", self.image_size)) // patch
-        settled = {
+        settled: dict[str, Any] = {
             "patch_size": patch,
             "window": max(2, grid // 2),
             "global_blocks": [depth // 2 - 1, depth - 1] if depth > 1 else [0],
@@ -89,7 +89,8 @@ class SamConfig(MaskDecoderConfig):
             "scores_width": embed,
         }
         own = ("image_size", "width", "depth", "heads", "ffn", "embed_width")
-        return replace(self, **{name: sizes[name] for name in own if name in sizes}, **settled)
+        settled |= {name: sizes[name] for name in own if name in sizes}
+        return replace(self, **settled)
 
     def build(self, *, text_width: int, image_width: int) -> Sam:
         return Sam(self)

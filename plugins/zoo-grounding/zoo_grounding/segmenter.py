@@ -186,7 +186,8 @@ class Segmenter(AnswersWithMasks, Bridge):
             return self.mask_decoder.decode(self.mask_decoder.encode(mask_pixels, levels), prompts, row)
         # one image is enough where nothing is drawn, so that what learns stays in the graph, as DDP asks
         seen = self.mask_decoder.encode(None if mask_pixels is None else mask_pixels[:1], levels)
-        return self.mask_decoder.decode(seen, prompts, row) + 0.0 * self.text_hidden(hidden[:1, :1]).sum()
+        idle: Tensor = self.text_hidden(hidden[:1, :1]).sum()
+        return self.mask_decoder.decode(seen, prompts, row) + 0.0 * idle
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 
@@ -207,9 +208,9 @@ class Segmenter(AnswersWithMasks, Bridge):
             fields = self._processor_fields()
             written = template(self.config.template)
             if self.config.image_marks:
-                start, end = IMAGE_MARKS
-                around = {"image": written.image, "inline": written.inline}
-                written = replace(written, **{k: v.replace(IMAGE, f"{start}{IMAGE}{end}") for k, v in around.items()})
+                around = f"{IMAGE_MARKS[0]}{IMAGE}{IMAGE_MARKS[1]}"
+                image, inline = (text.replace(IMAGE, around) for text in (written.image, written.inline))
+                written = replace(written, image=image, inline=inline)
             self._processor = GroundingProcessor(
                 names=self.mask_names,
                 square=self.square,

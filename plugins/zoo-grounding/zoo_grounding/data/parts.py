@@ -96,7 +96,8 @@ class PartMasks:
 
     def _share(self, icon: str, part: str, side: int) -> NDArray[np.float32]:
         one, other = (self._drawn(icon, part, side, colour) for colour in (_ONE, _OTHER))
-        return np.abs(one[..., 0] - other[..., 0]) / 255
+        share: NDArray[np.float32] = (np.abs(one[..., 0] - other[..., 0]) / 255).astype(np.float32)
+        return share
 
     def _drawn(self, icon: str, part: str, side: int, colour: str) -> NDArray[np.float32]:
         """Premultiplied [side, side, 3] of the icon with a layer in one colour."""
@@ -118,7 +119,7 @@ class PartMasks:
             svg_string=ElementTree.tostring(drawing, "unicode"), width=side, height=side, skip_system_fonts=True
         )
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).astype(np.float32)
-        return pixels[..., :3] * pixels[..., 3:] / 255
+        return (pixels[..., :3] * pixels[..., 3:] / 255).astype(np.float32)
 
 
 def _read(file: Path) -> ElementTree.Element:
