@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from zoo_grounding import PLUGIN
 
 from zoo.plugin import Catalogue
 from zoo.testing import check_imports, check_light, check_plugin
-from zoo_grounding import PLUGIN
 
 ROOT = Path(__file__).parents[1]
 

@@ -102,6 +102,13 @@ PIXELLM = (
         ref="zoo_grounding.muse_command:main",
         summary="write MUSE's JSON from COCO's annotations: zoo muse --root COCO --instances FILE --out FILE",
     ),
-    Component(kind="checkpoint", name="pixellm-7b", ref="zoo_grounding.pixellm_weights:from_state"),
-    Component(kind="checkpoint", name="pixellm-13b", ref="zoo_grounding.pixellm_weights:from_state"),
+    *(
+        Component(
+            kind="checkpoint",
+            name=name,
+            ref="zoo_grounding.pixellm_weights:from_state",
+            summary="the released PixelLM: LLaVA, codebook, pixel decoder in the names of MaverickRen/PixelLM",
+        )
+        for name in ("pixellm-7b", "pixellm-13b")
+    ),
 )

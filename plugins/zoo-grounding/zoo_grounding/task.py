@@ -12,7 +12,6 @@ from torch import Tensor
 from zoo.capabilities import MaskedText, SegmentInText
 from zoo.errors import ConfigError, DataError
 from zoo.evaluation.metric_info import MetricInfo
-from zoo.evaluation.segmentation_metrics import ious, overlaps
 from zoo.evaluation.task import Progress, SourceLike, Task, TaskResult, batches, choose_ids, cluster_of, sample_ids
 from zoo.evaluation.task import thumbnail as small
 from zoo_grounding.marks import TARGET
@@ -162,6 +161,8 @@ def _questions(sample: Any) -> list[Asked]:
 
 def _rows(asked: Asked, answer: MaskedText) -> list[dict[str, Any]]:
     """One row a target or mask, whichever are more; one for a question that rightly has neither."""
+    from zoo.evaluation.segmentation_metrics import ious, overlaps
+
     wanted, found = asked.masks, list(answer.masks.cpu())
     image = asked.sample.image
     size = (image.height, image.width)
