@@ -41,7 +41,7 @@ class Illustrated(TextToImage):
     """
 
     name = "illustrated-answers"
-    needs = (GenerateInterleaved,)
+    needs = (GenerateInterleaved,)  # type: ignore[assignment]
     config: IllustratedConfig
 
     def __init__(self, config: IllustratedConfig) -> None:
