@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.data.sample import Sample
+from zoo.nn.init import start_std
 from zoo.part import Features, PartConfig
 
 
@@ -91,11 +92,12 @@ class Sequenced(nn.Module):
         tokens: Longest sequence, without the class token.
         cls: Put one learned token first.
         positions: Add learned positions (the class token has one too).
-        std: Of the normal that both start from.
+        std: Of the normal that both start from; by default 0.02, more where the width is below 512 (``start_std``).
     """
 
-    def __init__(self, width: int, tokens: int, *, cls: bool, positions: bool, std: float = 0.02) -> None:
+    def __init__(self, width: int, tokens: int, *, cls: bool, positions: bool, std: float | None = None) -> None:
         super().__init__()
+        std = start_std(width) if std is None else std
         self.cls = nn.Parameter(std * torch.randn(1, 1, width)) if cls else None
         self.positions = nn.Parameter(std * torch.randn(1, tokens + int(cls), width)) if positions else None
 

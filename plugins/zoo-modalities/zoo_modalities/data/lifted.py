@@ -99,7 +99,8 @@ def _drawn(mask: NDArray[np.bool_], count: int, draw: np.random.Generator) -> ND
     rows, columns = np.nonzero(mask)
     chosen = draw.integers(len(rows), size=count)
     place = np.stack([columns[chosen], rows[chosen]], 1) + draw.uniform(size=(count, 2))
-    return (2 * place / SIDE - 1) * np.array([1.0, -1.0])
+    points: NDArray[np.float64] = (2 * place / SIDE - 1) * np.array([1.0, -1.0])
+    return points
 
 
 def _rotation(a: float, b: float, c: float) -> NDArray[np.float64]:
@@ -107,4 +108,5 @@ def _rotation(a: float, b: float, c: float) -> NDArray[np.float64]:
     x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
     y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
     z = np.array([[np.cos(c), -np.sin(c), 0], [np.sin(c), np.cos(c), 0], [0, 0, 1]])
-    return z @ y @ x
+    turned: NDArray[np.float64] = z @ y @ x
+    return turned

@@ -34,7 +34,7 @@ class SpokenDigitsConfig(GeneratedConfig):
     """One second of sound: a number word by the synthesizer of letters, in noise.
 
     Attributes:
-        noise: Largest deviation of the noise over the word's.
+        noise: Deviation of the noise over the word's.
         latest: Latest start of the word, seconds.
     """
 
@@ -53,7 +53,7 @@ class SpokenDigitsConfig(GeneratedConfig):
 
 
 class SpokenDigits(Generated):
-    """See `SpokenDigitsConfig`: one of four voices, any loudness within a factor 3."""
+    """See `SpokenDigitsConfig`: one of four voices, any loudness within a factor 2."""
 
     config: SpokenDigitsConfig
 
@@ -62,8 +62,8 @@ class SpokenDigits(Generated):
         start = min(int(draw.uniform() * self.config.latest * speech.RATE), speech.RATE - len(word))
         wave = np.zeros(speech.RATE)
         wave[start : start + len(word)] = word
-        wave += self.config.noise * draw.uniform() * float(word.std()) * draw.standard_normal(len(wave))
-        wave *= draw.uniform(1 / 3, 1) / max(1e-6, float(np.abs(wave).max()))
+        wave += self.config.noise * float(word.std()) * draw.standard_normal(len(wave))
+        wave *= draw.uniform(0.5, 1) / max(1e-6, float(np.abs(wave).max()))
         return _sample(id, label, "audio", wave, float(speech.RATE))
 
 
@@ -303,9 +303,11 @@ def _process(label: str, steps: int, draw: Draw) -> Map:
     turns = time / period + phase
     if label == "walk":
         walk = np.cumsum(draw.standard_normal(steps))
-        return (walk - walk.mean()) / max(1e-6, float(walk.std()))
+        steady: Map = (walk - walk.mean()) / max(1e-6, float(walk.std()))
+        return steady
     if label == "spikes":
-        return 4.0 * (draw.uniform(size=steps) < 1 / period) * draw.choice([-1.0, 1.0], steps)
+        spikes: Map = 4.0 * (draw.uniform(size=steps) < 1 / period) * draw.choice([-1.0, 1.0], steps)
+        return spikes
     shapes: dict[str, Callable[[], Map]] = {
         "sine": lambda: np.sqrt(2) * np.sin(2 * np.pi * turns),
         "square": lambda: np.where(turns % 1 < 0.5, 1.0, -1.0),
@@ -345,7 +347,6 @@ class Graphs(Generated):
     def make(self, id: str, label: str, draw: Draw) -> Sample:
         n = int(draw.integers(8, 17))
         n = 4 * (n // 4) if label == "grid" else min(n, 12) if label == "clique" else n
-        place = np.arange(n)
         edges: list[tuple[int, int]]
         if label == "ring":
             edges = [(i, (i + 1) % n) for i in range(n)]
@@ -356,7 +357,7 @@ class Graphs(Generated):
         elif label == "tree":
             edges = [((i - 1) // 2, i) for i in range(1, n)]
         elif label == "grid":
-            edges = [(i, i + 1) for i in place if i % 4 < 3] + [(i, i + 4) for i in place if i + 4 < n]
+            edges = [(i, i + 1) for i in range(n) if i % 4 < 3] + [(i, i + 4) for i in range(n) if i + 4 < n]
         else:
             edges = [(i, j) for i in range(n) for j in range(i)]
         known = {frozenset(edge) for edge in edges}

@@ -161,7 +161,8 @@ def _padded(rows: Sequence[NDArray[Any]]) -> Tensor:
 
 def unit_rows(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """Rows of length 1."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    unit: NDArray[np.float64] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def fitted(rows: NDArray[np.float64], width: int) -> NDArray[np.float64]:
@@ -191,7 +192,8 @@ def laplacian_vectors(graph: Graph, count: int) -> NDArray[np.float64]:
     _, vectors = np.linalg.eigh(np.eye(n) - scale[:, None] * adjacency * scale)
     top = np.abs(vectors).round(6).argmax(0)
     vectors = vectors * np.where(vectors[top, np.arange(n)] < 0, -1.0, 1.0)
-    return np.pad(vectors, ((0, 0), (0, max(0, count - n))))[:, :count]
+    padded: NDArray[np.float64] = np.pad(vectors, ((0, 0), (0, max(0, count - n))))
+    return padded[:, :count]
 
 
 class GraphTokens(DataTokenizer):

@@ -112,13 +112,15 @@ class PointTokensConfig(DataTokenizerConfig):
 def unit_sphere(cloud: NDArray[np.float32]) -> NDArray[np.float32]:
     """Points [N, 3] about their mean, the farthest at distance 1."""
     cloud = cloud - cloud.mean(0)
-    return (cloud / max(1e-9, float(np.linalg.norm(cloud, axis=1).max()))).astype(np.float32)
+    unit: NDArray[np.float32] = (cloud / max(1e-9, float(np.linalg.norm(cloud, axis=1).max()))).astype(np.float32)
+    return unit
 
 
 def turned(cloud: NDArray[np.float32], angle: float) -> NDArray[np.float32]:
     """Points [N, 3] turned about z."""
     cos, sin = np.cos(angle), np.sin(angle)
-    return (cloud @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])).astype(np.float32)
+    rotated: NDArray[np.float32] = (cloud @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])).astype(np.float32)
+    return rotated
 
 
 def farthest_points(cloud: Tensor, count: int) -> Tensor:

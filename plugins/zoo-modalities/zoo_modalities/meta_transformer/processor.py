@@ -83,8 +83,8 @@ class ModalityProcessor:
             [self._place(sample, str(name)) for name in names] for sample, names in zip(samples, found, strict=True)
         ]
         labels = torch.full((len(rows), max(map(len, rows))), IGNORE)
-        for i, row in enumerate(rows):
-            labels[i, : len(row)] = torch.tensor(row)
+        for i, places in enumerate(rows):
+            labels[i, : len(places)] = torch.tensor(places)
         return {**batch, "element_labels": labels}
 
     def label_of(self, sample: Sample) -> int:

@@ -245,7 +245,7 @@ class SeriesTokensConfig(DataTokenizerConfig):
     ) -> dict[str, Tensor]:
         """``series`` [B, T, channels], and ``calendar`` [B, T, 5 or 4] where it is read."""
         rows = torch.from_numpy(np.stack([self.read(sample) for sample in samples]))
-        batch = {"series": rows.unflatten(2, (self.length, self.window)).mean(3).transpose(1, 2)}
+        batch = {"series": rows.view(len(rows), self.channels, self.length, self.window).mean(3).transpose(1, 2)}
         if self.calendar != "none":
             marks = [self._calendar(sample) for sample in samples]
             batch["calendar"] = torch.from_numpy(np.stack(marks))[:, :: self.window]
