@@ -190,6 +190,7 @@ def test_an_answer_that_breaks_a_target_off_has_no_mask(model: Any, monkeypatch:
         assert found.masks.shape == (count, SIDE, SIDE)
 
 
+@pytest.mark.slow
 def test_losses_fall_in_a_few_steps() -> None:
     module = zoo.build("pixellm", scale="tiny", seed=0, decoder=SMALL)
     samples = [sample(str(n), targets=1 + n % 2) for n in range(4)]
