@@ -84,7 +84,8 @@ def read_folder(folder: Path, stem: str = "model", *, pickled: bool = False) -> 
     """The tensors of ``STEM.safetensors``, or of the shards that ``STEM.safetensors.index.json`` lists.
 
     Args:
-        pickled: Read ``pytorch_model.bin`` where there is neither, as a file of tensors and nothing else.
+        pickled: Read ``pytorch_model.bin``, or the shards of its index, where there is neither, as files of tensors and
+            nothing else.
 
     Raises:
         WeightsError: No such file (a pickled one is named, and why it is not read), or it is damaged.
@@ -96,6 +97,8 @@ def read_folder(folder: Path, stem: str = "model", *, pickled: bool = False) -> 
         return _read_shards(folder, index)
     if pickled and (folder / PICKLED).is_file():
         return read_file(folder / PICKLED)
+    if pickled and (folder / f"{PICKLED}.index.json").is_file():
+        return _read_shards(folder, folder / f"{PICKLED}.index.json")
     others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     hint = (
         f"; {others[0]} is there: give that file by its path with model=..., or convert it to safetensors"

@@ -114,7 +114,7 @@ def _read(source: str | Path, model: str | None, strict: bool) -> _Checkpoint:
             official = transformers_format(config, path)
             state = read_folder(path, stem_of(path), pickled=folder_kind(config) in PICKLED_KINDS)
         else:
-            state = read_folder(path, stem_of(path))
+            state = read_folder(path, stem_of(path), pickled=model in catalogue()["checkpoint"])
             official = _of_recipe(model, state)
     elif (path / "params.json").is_file():
         from zoo.weights.formats.chameleon import from_release

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from zoo_grounding.masks import at_original_size
 from zoo.api import build_module
 from zoo.recipe import Recipe, resolve
 from zoo.sampling.text import Decoding
+from zoo.weights import load
 from zoo.weights.keymaps import load_into
 
 LOGITS = {"atol": 1e-4, "rtol": 1e-4}
@@ -185,3 +188,21 @@ def test_checkpoints_without_the_eye_leave_it_new(g: Any) -> None:
     assert report.new
     assert all(name.startswith("encoder.") for name in report.new)
     assert from_state(recipe, build_module(recipe, 1).model.state_dict()) is None
+
+
+def test_a_released_folder_is_read_by_the_recipes_name(g: Any, tmp_path: Path) -> None:
+    """Its config.json calls itself LLaVA, and its tensors come in pickled shards."""
+    names = sorted(g.weights)
+    shards = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+    for shard, own in shards.items():
+        torch.save({name: g.weights[name].clone() for name in own}, tmp_path / shard)
+    places = {name: shard for shard, own in shards.items() for name in own}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "architectures": ["LISAForCausalLM"]}))
+    recipe, state, report = load(tmp_path, model="lisa-7b")
+    assert recipe.model == "lisa-7b"
+    assert report.form == "LISA"
+    assert report.ignored == []
+    wanted = g.weights["model.visual_model.mask_decoder.mask_tokens.weight"]
+    assert torch.equal(state["mask_decoder.decoder.mask_tokens.weight"], wanted)
+    assert torch.equal(state["decoder.lm.lm_head.weight"], g.weights["lm_head.weight"])
