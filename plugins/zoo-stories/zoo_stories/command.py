@@ -68,15 +68,20 @@ def main(arguments: Sequence[str]) -> int:
 
     from zoo_stories.consistency import Consistency
     from zoo_stories.drawing import model_of
+    from zoo_stories.script import read_characters, read_script
     from zoo_stories.telling import loaded, tell
 
-    model = loaded(given.model)
-    own = getattr(model_of(model), "consistency", None) or Consistency()
     fields = ("rate", "layers", "start_step", "window", "long")
     changed = {field: value for field in fields if (value := getattr(given, field)) is not None}
+    Consistency(**changed)  # what is wrong with it is said before a model is read
+    characters = read_characters(given.character)
+    if lines:
+        read_script(lines, characters)
+    model = loaded(given.model)
+    own = getattr(model_of(model), "consistency", None) or Consistency()
     story = tell(
         model,
-        given.character,
+        characters,
         lines,
         theme=given.theme,
         writer=given.writer,

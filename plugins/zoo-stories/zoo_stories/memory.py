@@ -24,7 +24,7 @@ SHARE = 0.9
 """Of what is free, that a story may take."""
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that operations make and that are still there; what an operation needs for itself
     alone is not seen.
 
@@ -33,8 +33,8 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,7 +69,8 @@ def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
-    with LiveBytes() as live:
+    live = LiveBytes()
+    with live:
         step()
     return live.peak
 
@@ -109,13 +110,13 @@ def needed_bytes(model: Any, frames: int, rules: Consistency, guidance: float | 
         decode = peak_bytes(lambda: decoded(model, latents[:1]), device)
     rows = at_once if rules.long != "layers" else frames
     largest, banked = 0, 0
-    levels, grown = denoiser.attention_levels(), 0 if rules.off else rules.rate
+    levels = denoiser.attention_levels()
     for name in choose_layers(denoiser.attention_processors(), rules.layers):
         layer = denoiser.net.get_submodule(name.removesuffix(".processor"))
         token = 2 * len(mix) * layer.to_v.out_features * like.element_size()  # a key and a value in every branch
         count = (grid[0] * grid[1]) // levels[name] ** 2
-        largest = max(largest, round(token * count * grown * max(0, at_once - 1)))
-        banked += round(token * count * grown * at_once)
+        kept = round(token * count * rules.share(count))
+        largest, banked = max(largest, kept * max(0, at_once - 1)), banked + kept * at_once
     drawing = forward * rows + largest
     if rules.long == "banks" and frames > at_once:
         drawing += banked * model.config.denoising(None, steps).steps
