@@ -126,13 +126,14 @@ class WandB(Tracker):
 
         import wandb
 
+        mode: Any = config.mode
         self.run: Any = wandb.init(
             project=config.project,
             name=run.title,
             group=run.name[:128],
             id=hashlib.sha256(f"{run.name}/{run.folder.name}".encode()).hexdigest()[:16],
             resume="allow",
-            mode=config.mode,  # type: ignore[arg-type]
+            mode=mode,
             dir=str(run.folder),
             config=dict(run.plain),
             settings=wandb.Settings(silent=True, console="off"),
