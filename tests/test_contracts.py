@@ -131,6 +131,6 @@ def test_manifest_that_imports_torch_is_found(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_part_has_a_contract() -> None:
-    parts = {"encoder", "text_encoder", "connector", "decoder", "trunk", "patch_codec", "denoiser"}
-    parts |= {"objective", "model"}
+    parts = {"encoder", "text_encoder", "modality_encoder", "connector", "decoder", "trunk", "patch_codec"}
+    parts |= {"denoiser", "output_connector", "mask_decoder", "data_tokenizer", "objective", "model"}
     assert parts == set(CHECKS)

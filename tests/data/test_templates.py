@@ -132,7 +132,7 @@ def test_placeholders_and_images_must_agree(name: str, question: str, images: in
 def test_only_the_last_answer_may_be_missing() -> None:
     with pytest.raises(DataError, match="turn 1 of 2 has no answer"):
         row("vicuna_v1", [("a", None), ("b", "c")])
-    with pytest.raises(ConfigError, match="unknown prompt template 'minigpt'; did you mean minigpt4"):
+    with pytest.raises(ConfigError, match="unknown prompt template 'minigpt'; did you mean minigpt"):
         template("minigpt")
 
 

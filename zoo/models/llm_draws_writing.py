@@ -66,7 +66,7 @@ class WritesAndDraws:
         def _way(self, sampler: Any, steps: Any, guidance: Any, rescale: Any, tell: Any) -> Any: ...
 
     @property
-    def writer(self) -> Decoder:
+    def text_decoder(self) -> Decoder:
         """The decoder, without the tokens of images."""
         return cast("Decoder", TextOnly(self.decoder, self.voken_ids[0]))
 

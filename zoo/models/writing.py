@@ -69,7 +69,7 @@ class WritesText(nn.Module):
         def _layout(self, ids: Tensor, attention_mask: Tensor | None, padding: Padding | None = None) -> Layout: ...
 
     @property
-    def writer(self) -> Decoder:
+    def text_decoder(self) -> Decoder:
         """What writes texts: the decoder, or a view of it that leaves ids out."""
         return self.decoder
 
@@ -160,7 +160,7 @@ class WritesText(nn.Module):
         if real is not None and bool(real.all()):
             real = None
         return write(
-            self.writer,
+            self.text_decoder,
             embeds,
             self._layout(input_ids, real),
             decoding or Decoding(),

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from zoo.layout import Layout, Segment, lay_out
 from zoo.nn import KVCache, PatchEmbedding, TokenEmbedding, Trunk, TrunkConfig, start_std
 from zoo.nn.config import ROUTABLE
 from zoo.nn.positions import pair_relative_index
+from zoo.part import SIZE_FIELDS
 from zoo.trunks.base import Rows, SharedTrunk, SharedTrunkConfig
 from zoo.trunks.resize import resize_relative
 
@@ -54,6 +55,8 @@ class MultiwayConfig(SharedTrunkConfig):
         drop_path: Of the last layer, rising from 0.
     """
 
+    scale_settles: ClassVar[frozenset[str]] = frozenset({"pair_layers"})
+
     patch_size: int = 16
     width: int = 768
     depth: int = 12
@@ -90,6 +93,12 @@ class MultiwayConfig(SharedTrunkConfig):
         unknown = sorted(set(self.routed) - set(ROUTABLE))
         if unknown or not self.routed:
             raise ValueError(f"routed = {self.routed} must name some of {', '.join(ROUTABLE)}")
+
+    def scaled(self, sizes: Mapping[str, Any]) -> Self:
+        """A scale that is shallower than the pair experts' layers has them in all of its layers."""
+        own = {f.name for f in fields(self)} & SIZE_FIELDS & set(sizes)
+        changed = {name: sizes[name] for name in sorted(own)}
+        return replace(self, **changed, pair_layers=min(self.pair_layers, changed.get("depth", self.depth)))
 
     @property
     def pair_start(self) -> int:
