@@ -131,6 +131,24 @@ def test_families_are_found_among_runs(grid: Path) -> None:
     assert "scale tiny, encoder.width=64, 300 steps" in [p.label for p in found[0].points]
 
 
+def test_scales_of_one_name_are_points_of_their_own(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    for place, scale in enumerate(("micro", "tiny", "mini")):
+        for steps in (100, 300):
+            hashes = {"data": "d", "evaluation": "e", "order": "o", "budget": f"b{steps}", "recipe": scale}
+            make_run(
+                f"clip+{scale}{steps}",
+                0,
+                quality=0.2 + 0.1 * place,
+                towers=True,
+                flops=1e10 * 4**place * steps,
+                manifest={"name": "clip", "scale": scale, "hashes": hashes},
+            )
+    (found,) = families(find_runs([tmp_path / "outputs"]), "retrieval", "i2t_r1", True)
+    assert found.name == "clip"
+    assert [p.flops for p in found.points] == sorted(1e10 * 4**n * steps for n in range(3) for steps in (100, 300))
+    assert all(len(point.scores) == 1 for point in found.points)
+
+
 def test_the_report_has_a_section(grid: Path, tmp_path: Path) -> None:
     board = build_leaderboard(find_runs([grid]))
     made = {s.column.task: s for s in sections(board)}

@@ -269,8 +269,9 @@ def _spent(run: Run) -> float | None:
 def _points(runs: Sequence[Run], task: str, metric: str) -> tuple[Spent, ...]:
     """Runs of one size and budget as one point."""
 
-    def key(run: Run) -> tuple[str, str]:
-        return run.name, run.hashes.get("budget", "")
+    def key(run: Run) -> tuple[str, ...]:
+        # a name does not tell the scale
+        return run.name, str(run.manifest.get("scale")), run.hashes.get("recipe", ""), run.hashes.get("budget", "")
 
     found = []
     for _, same in groupby(sorted(runs, key=key), key=key):
