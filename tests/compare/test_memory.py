@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
-from torch.profiler import ProfilerActivity, profile
 
-from zoo.api import build_module
 from zoo.cli import main
-from zoo.compare.memory import Memory, predict_recipe, shared
+from zoo.compare.memory import Memory, measure_recipe, predict_recipe, shared
 from zoo.errors import ConfigError
-from zoo.nn.cpu_attention import full_precision_attention
 from zoo.recipe import resolve
 
 GB = 10**9
-
-
-def measured(name: str, batch_size: int, bf16: bool) -> int:
-    """Peak bytes of a second step, in Lightning's order (forward, zero the gradients, backward, step): what stands
-    before it, and the largest sum of what the allocator hands out and takes back."""
-    module = build_module(resolve(name, scale="tiny"), seed=0)
-    module.set_stage(0)
-    module.train()
-    batch = module.model.example_batch(batch_size)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-
-    def step() -> None:
-        with full_precision_attention(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss, _ = module.losses(batch)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        del loss
-        optimizer.step()
-
-    step()
-    standing: list[Any] = [*module.parameters(), *module.buffers(), *batch.values()]
-    standing += [p.grad for p in trained if p.grad is not None]
-    standing += [value for state in optimizer.state.values() for value in state.values()]
-    held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in standing}.values())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    now = most = 0
-    results: Any = profiler.profiler
-    for event in results.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return held + most
 
 
 @pytest.mark.parametrize(
@@ -64,8 +24,9 @@ def measured(name: str, batch_size: int, bf16: bool) -> int:
     ],
 )
 def test_predicted_memory_is_what_a_step_takes(name: str, batch_size: int, precision: str) -> None:
-    predicted = predict_recipe(resolve(name, scale="tiny"), batch_size, precision, "cpu")[0].peak
-    assert predicted == pytest.approx(measured(name, batch_size, precision == "bf16"), rel=0.1)
+    recipe = resolve(name, scale="tiny")
+    predicted = predict_recipe(recipe, batch_size, precision, "cpu")[0].peak
+    assert predicted == pytest.approx(measure_recipe(recipe, batch_size, precision), rel=0.1)
 
 
 def test_what_is_frozen_has_no_gradients_and_no_moments() -> None:

@@ -40,16 +40,34 @@ def test_modules_of_torch_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None
         return attend(query, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", spy)
+        patch.setattr("zoo.nn.cpu_attention._attend", spy)
         with torch.autocast("cpu", dtype=torch.bfloat16), full_precision_attention():
             layer(x, x, x, need_weights=False)
     assert seen == [torch.float32]
     assert F.scaled_dot_product_attention is attend
 
 
+def test_steps_of_a_compiled_model_share_one_graph() -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(len(example))
+        return graph
+
+    attend = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 2, backend=backend)
+    q, k, v = (x.detach() for x in inputs())
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16), full_precision_attention():
+            out = attend(q, k, v)
+    assert len(graphs) == 1
+    torch.testing.assert_close(out, 2 * F.scaled_dot_product_attention(q, k, v).bfloat16(), atol=0, rtol=0)
+
+
 def test_without_autocast_nothing_changes() -> None:
     q, k, v = (x.bfloat16() for x in inputs())
+    attend = F.scaled_dot_product_attention
     with full_precision_attention():
+        assert F.scaled_dot_product_attention is attend
         out = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), atol=0, rtol=0)
     assert out.dtype == torch.bfloat16

@@ -287,3 +287,20 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(
     assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
     run(folder)
     assert curve(folder)[-1][0] == 8
+
+
+def test_bf16_steps_on_a_cpu_compute_attention_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo.nn import cpu_attention
+
+    seen: list[torch.dtype] = []
+    attend = cpu_attention._attend
+
+    def spy(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(query.dtype)
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(cpu_attention, "_attend", spy)
+    prepared(tmp_path / "run", "trainer.precision=bf16", "budget.value=1", "evaluation.tasks={}")
+    run(tmp_path / "run", say=lambda text: None)
+    assert seen
+    assert set(seen) == {torch.float32}

@@ -119,6 +119,45 @@ def predict_recipe(
     return found
 
 
+def measure_recipe(recipe: Recipe, batch_size: int, precision: str = "fp32") -> int:
+    """Peak bytes of a training step of a recipe's first stage on this machine's CPU: what stands before the second
+    step, and the largest sum of what torch's allocator hands out and takes back in it. To hold ``predict`` against.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    from zoo.api import build_module
+    from zoo.nn.cpu_attention import full_precision_attention
+
+    module = build_module(recipe, seed=0)
+    module.set_stage(0)
+    module.train()
+    batch = module.model.example_batch(batch_size)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step() -> None:  # in Lightning's order
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), full_precision_attention():
+            loss, _ = module.losses(batch)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        del loss
+        optimizer.step()
+
+    step()
+    standing: list[Any] = [*module.parameters(), *module.buffers(), *batch.values()]
+    standing += [p.grad for p in trained if p.grad is not None]
+    standing += [value for state in optimizer.state.values() for value in state.values()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = most = 0
+    results: Any = profiler.profiler
+    for event in results.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return _bytes(standing) + most
+
+
 def shared(memory: Memory, devices: int, strategy: str, largest: int = 0, largest_trained: int = 0) -> Memory:
     """Memory of each of several devices, of what ``predict`` says of one that works on its part of the batch.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ def pack(packing: Packing, tell: Tell | None = None) -> dict[str, Any]:
     }
     _claim(packing.out, plan)
     done: dict[str, dict[str, Any]] = {}
-    with ProcessPoolExecutor(packing.workers, mp_context=get_context("fork")) as pool:
+    forks = "fork" in get_all_start_methods()  # quicker, and not on Windows
+    with ProcessPoolExecutor(packing.workers, mp_context=get_context("fork" if forks else None)) as pool:
         futures = {pool.submit(_shard, *job): job[1] for job in jobs}
         try:
             for future in as_completed(futures):

@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -190,7 +190,7 @@ class Shards:
         return self._files[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}
+        return {"config": replace(self.config, verify=False)}  # once is enough, not in every worker
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]

@@ -141,12 +141,12 @@ def file_format(recipe: Recipe, state: Mapping[str, Any]) -> Official | None:
     """Understand a bare state dict of ``recipe``; None when neither the zoo nor a plugin knows another layout of it."""
     released = catalogue()["checkpoint"]
     if recipe.model in FILES:
-        ref = FILES[recipe.model]
+        read = _function(FILES[recipe.model])
     elif recipe.model in released:
-        ref = released.get(recipe.model).ref
+        read = released.load(recipe.model)
     else:
         return None
-    official: Official = _function(ref)(recipe, state)
+    official: Official = read(recipe, state)
     return official
 
 
