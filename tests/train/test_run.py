@@ -300,7 +300,7 @@ def test_bf16_steps_on_a_cpu_compute_attention_in_fp32(tmp_path: Path, monkeypat
         return attend(query, *args, **kwargs)
 
     monkeypatch.setattr(cpu_attention, "_attend", spy)
-    prepared(tmp_path / "run", "trainer.precision=bf16", "budget.value=1", "evaluation.tasks={}")
+    prepared(tmp_path / "run", "trainer.precision=bf16", "budget.value=1")
     run(tmp_path / "run", say=lambda text: None)
     assert seen
     assert set(seen) == {torch.float32}
