@@ -21,6 +21,7 @@ from zoo.layout import Layout, Segment, TokenBatch, lay_out
 from zoo.layout_facts import Padding, look_at_padding
 from zoo.models.base import Model
 from zoo.models.plain_text import ScoresPlainText
+from zoo.models.tokenizing import OwnsTokenizer
 from zoo.models.writing import IGNORE, WritesText, _given
 from zoo.part import Features, PartConfig, seeded
 from zoo.recipe import WiringConfig
@@ -91,8 +92,10 @@ class BridgeConfig(WiringConfig):
         )
 
 
-class Bridge(ScoresPlainText, WritesText, Model):
+class Bridge(OwnsTokenizer, ScoresPlainText, WritesText, Model):
     """``encoder``, ``connector``, ``decoder``: image tokens spliced into the text at placeholders, all of it causal."""
+
+    tokenizer_of: ClassVar[str] = "decoder_config"
 
     provides: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
     reads_image_tokens: ClassVar[bool] = True
@@ -113,7 +116,6 @@ class Bridge(ScoresPlainText, WritesText, Model):
         self.connector_config = connector_config
         self.decoder_config = decoder_config
         self.seed = seed
-        self._tokenizer: TextTokenizer | None = None
         self._instruction_tokenizer: TextTokenizer | None = None
         self._processor: PromptProcessor | None = None
         if decoder_config.reads_context and not self.gives_context:
@@ -296,20 +298,6 @@ class Bridge(ScoresPlainText, WritesText, Model):
     def image_token_id(self) -> int:
         """The placeholder of an image slot in ``input_ids``."""
         return self.config.image_id if self.config.image_id >= 0 else self.decoder_config.vocab_size
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The decoder's text tokenizer, made on first use: published ones need files or the network."""
-        if self._tokenizer is None:
-            from zoo.data.text import named_tokenizer
-
-            self._tokenizer = named_tokenizer(self.decoder_config.tokenizer)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._processor = None
 
     @property
     def instruction_tokenizer(self) -> TextTokenizer | None:

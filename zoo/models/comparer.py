@@ -15,6 +15,7 @@ from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, lay_out
 from zoo.models.base import Model, evaluating
 from zoo.models.fusion import TYPICAL_TEXT
+from zoo.models.tokenizing import OwnsTokenizer
 from zoo.part import PartConfig, seeded
 from zoo.recipe import WiringConfig
 
@@ -47,7 +48,7 @@ class ComparerConfig(WiringConfig):
         return Comparer(self, cast("ImageEncoderConfig", parts["encoder"][1]), parts["text_encoder"][1], seed)
 
 
-class Comparer(Model):
+class Comparer(OwnsTokenizer, Model):
     """``encoder``, ``text_encoder``, and ``head``: an MLP with ReLU on the fused [ENC]."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"verdict_logits", "verdicts"})
@@ -60,7 +61,6 @@ class Comparer(Model):
             raise ConfigError("this wiring compares two images: choose text_encoder=blip-twin-bert")
         self.config, self.image_config, self.seed = config, image_config, seed
         self.text_config: TwinBertConfig = text_config
-        self._tokenizer: Any = None
         self._processor: Any = None
         with seeded(seed, "encoder"):
             self.encoder: Encoder = image_config.build()
@@ -106,19 +106,6 @@ class Comparer(Model):
         return torch.cat(scores)
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        """The text encoder's tokenizer, made on first use: published ones need files or the network."""
-        from zoo.data.text import named_tokenizer
-
-        if self._tokenizer is None:
-            self._tokenizer = named_tokenizer(self.text_config.tokenizer)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._tokenizer, self._processor = tokenizer, None
 
     @property
     def processor(self) -> Any:

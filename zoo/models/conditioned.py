@@ -19,13 +19,14 @@ from zoo.encoders.base import Encoder, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout
 from zoo.models.image_lm import TYPICAL_TEXT, ConditionedConfig, ImageLM
+from zoo.models.tokenizing import OwnsTokenizer
 from zoo.nn import start_std
 from zoo.part import Features, PartConfig, seeded
 from zoo.sampling.text import align_right
 from zoo.tokenizers.base import ImageTokenizerConfig
 
 if TYPE_CHECKING:
-    from zoo.data.text import TextTokenizer
+    pass
 
 CLASSES = 1000
 """ImageNet's."""
@@ -93,7 +94,7 @@ class CaptionedConfig(ConditionedConfig):
         )
 
 
-class CaptionedImageLM(ImageLM):
+class CaptionedImageLM(OwnsTokenizer, ImageLM):
     """``text_encoder``, ``connector``, ``decoder``, ``image_tokenizer``, and ``unconditional`` [prefix_tokens, C], the
     features of no caption.
 
@@ -113,7 +114,6 @@ class CaptionedImageLM(ImageLM):
     ) -> None:
         self.text_config, self.connector_config = text_config, connector_config
         self.longest_text = min(config.prefix_tokens, text_config.context_length)
-        self._tokenizer: TextTokenizer | None = None
         super().__init__(config, decoder_config, image_config, seed, config.prefix_tokens)
 
     def _make_condition(self, seed: int) -> None:
@@ -172,20 +172,6 @@ class CaptionedImageLM(ImageLM):
         return self.processor.encode_texts(texts, whole=True)
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The text encoder's tokenizer, made on first use: published ones need files or the network."""
-        if self._tokenizer is None:
-            from zoo.data.text import named_tokenizer
-
-            self._tokenizer = named_tokenizer(self.text_config.tokenizer)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._processor = None
 
     @property
     def processor(self) -> CaptionedProcessor:

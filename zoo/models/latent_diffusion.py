@@ -19,12 +19,13 @@ from zoo.encoders.base import Encoder, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.models.base import Model
 from zoo.models.latent_diffusion_drawing import STEPS_OF_A_SCALE, DrawsByDenoising, LatentDrawingFields
+from zoo.models.tokenizing import OwnsTokenizer
 from zoo.part import Features, PartConfig, seeded
 from zoo.recipe import WiringConfig
 from zoo.tokenizers.base import BaseTokenizerConfig, LatentTokenizer
 
 if TYPE_CHECKING:
-    from zoo.data.text import TextTokenizer
+    pass
 
 TYPICAL_TEXT = 16
 """Tokens of a caption, as FLOP counts assume."""
@@ -185,7 +186,7 @@ class Denoises(DrawsByDenoising, Model):
         return {"pixel_values": torch.zeros(batch_size, 3, size, size, dtype=like.dtype, device=like.device)}
 
 
-class LatentDiffusion(Denoises):
+class LatentDiffusion(OwnsTokenizer, Denoises):
     """``text_encoder``, ``denoiser``, and ``image_tokenizer``, which never learns here."""
 
     config: LatentDiffusionConfig
@@ -201,7 +202,6 @@ class LatentDiffusion(Denoises):
         super().__init__()
         self.config, self.text_config = config, text_config
         self.draws_latents = config.sample_latents
-        self._tokenizer: TextTokenizer | None = None
         with seeded(seed, "text_encoder"):
             self.text_encoder: Encoder = text_config.build()
         if config.pad_id >= text_config.vocab_size:
@@ -300,19 +300,6 @@ class LatentDiffusion(Denoises):
 
     def prompt_rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return self.processor.encode_texts(texts, whole=True)
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The text encoder's tokenizer, made on first use: published ones need files or the network."""
-        if self._tokenizer is None:
-            from zoo.data.text import named_tokenizer
-
-            self._tokenizer = named_tokenizer(self.text_config.tokenizer)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer, self._processor = tokenizer, None
 
     @property
     def processor(self) -> CaptionedProcessor:

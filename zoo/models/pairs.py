@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.models.base import evaluating
+from zoo.models.tokenizing import OwnsTokenizer
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
     from zoo.data.processor import PairProcessor
-    from zoo.data.text import TextTokenizer
 
 CHUNK = 64
 """Images, texts or pairs a forward pass of a capability."""
@@ -47,7 +47,7 @@ class TextInput(Protocol):
     def context_length(self) -> int: ...
 
 
-class EmbedsPairs(nn.Module):
+class EmbedsPairs(OwnsTokenizer):
     """``embed_images``, ``embed_texts``, the tokenizer and the processor of a model with ``image_features`` and
     ``text_features``.
 
@@ -65,7 +65,6 @@ class EmbedsPairs(nn.Module):
     augment: str
     shared_width: int
     seed: int
-    _tokenizer: TextTokenizer | None = None
     _processor: PairProcessor | None = None
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
@@ -114,20 +113,6 @@ class EmbedsPairs(nn.Module):
             return torch.cat(rows) if rows else empty
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The text tokenizer, made on first use: published ones need files or the network."""
-        from zoo.data.text import named_tokenizer
-
-        if self._tokenizer is None:
-            self._tokenizer = named_tokenizer(self.text_config.tokenizer)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._processor = None
 
     @property
     def vocab_size(self) -> int:

@@ -15,13 +15,13 @@ from zoo.encoders.base import Encoder, ImageEncoderConfig, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, lay_out
 from zoo.models.base import Model, evaluating
+from zoo.models.tokenizing import OwnsTokenizer
 from zoo.part import PartConfig, seeded
 from zoo.recipe import WiringConfig
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
     from zoo.data.processor import PairProcessor
-    from zoo.data.text import TextTokenizer
 
 TYPICAL_TEXT = 16
 """Tokens of a caption with its start and end, as layouts and FLOP counts assume."""
@@ -68,7 +68,7 @@ class TowersConfig(WiringConfig):
         )
 
 
-class Towers(Model):
+class Towers(OwnsTokenizer, Model):
     """An image encoder, a text encoder, a projection each (or none, where the encoder projects), and a temperature."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"image_embeds", "text_embeds", "logit_scale"})
@@ -81,7 +81,6 @@ class Towers(Model):
         self.image_config = image_config
         self.text_config = text_config
         self.seed = seed
-        self._tokenizer: TextTokenizer | None = None
         self._processor: PairProcessor | None = None
         with seeded(seed, "encoder"):
             self.encoder: Encoder = image_config.build()
@@ -177,20 +176,6 @@ class Towers(Model):
         return next(self.encoder.parameters()).dtype
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The text tokenizer, made on first use: published ones need files or the network."""
-        from zoo.data.text import named_tokenizer
-
-        if self._tokenizer is None:
-            self._tokenizer = named_tokenizer(self.text_config.tokenizer)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._processor = None
 
     @property
     def processor(self) -> PairProcessor:

@@ -4,20 +4,20 @@ count FLOPs with, layouts to look at."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.data.sequences import IGNORE, TASKS, Row, SequenceStyle, layout_of
 from zoo.data.vocabulary import Vocabulary
 from zoo.decoders.base import DecoderConfig
 from zoo.errors import ConfigError, DataError, WeightsError
 from zoo.layout import Layout
+from zoo.models.tokenizing import OwnsTokenizer
 from zoo.sampling.block import CHUNK
 
 if TYPE_CHECKING:
-    from zoo.data.text import TextTokenizer
     from zoo.data.unified_processor import UnifiedProcessor
 
 TYPICAL_TEXT = 16
@@ -27,7 +27,7 @@ LEAST_TEXT = 4
 """Text tokens, BOS and EOS included, that must fit beside an image."""
 
 
-class UnifiedRows(nn.Module):
+class UnifiedRows(OwnsTokenizer):
     """Base of the unified wirings; the image tokenizer never learns in them.
 
     Attributes:
@@ -36,6 +36,8 @@ class UnifiedRows(nn.Module):
         places: Codes or patches of an image.
         text_length: Longest text, BOS and EOS included, that fits beside an image.
     """
+
+    tokenizer_of: ClassVar[str] = "decoder_config"
 
     config: Any
     decoder_config: DecoderConfig
@@ -46,7 +48,6 @@ class UnifiedRows(nn.Module):
     text_length: int
     seed: int
     image_tokenizer: Any
-    _tokenizer: TextTokenizer | None = None
     _processor: UnifiedProcessor | None = None
 
     if TYPE_CHECKING:
@@ -91,20 +92,6 @@ class UnifiedRows(nn.Module):
 
     def reconfigure(self, config: Any) -> None:
         self.config = config
-        self._processor = None
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The decoder's text tokenizer, made on first use: published ones need files or the network."""
-        if self._tokenizer is None:
-            from zoo.data.text import named_tokenizer
-
-            self._tokenizer = named_tokenizer(self.decoder_config.tokenizer)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
         self._processor = None
 
     @property

@@ -17,6 +17,7 @@ from zoo.layout import Layout, Segment, lay_out
 from zoo.models.base import Model
 from zoo.models.fusion import TYPICAL_TEXT
 from zoo.models.grounded import GroundedFields, WritesGrounded, shifted
+from zoo.models.tokenizing import OwnsTokenizer
 from zoo.part import PartConfig, seeded
 from zoo.recipe import WiringConfig
 
@@ -60,8 +61,10 @@ class WriterConfig(WiringConfig, GroundedFields):
         return Writer(self, cast("ImageEncoderConfig", parts["encoder"][1]), parts["decoder"][1], seed)
 
 
-class Writer(WritesGrounded, Model):
+class Writer(OwnsTokenizer, WritesGrounded, Model):
     """``encoder`` and ``decoder``: BLIP's captioner (models/blip.py of the release)."""
+
+    tokenizer_of: ClassVar[str] = "decoder_config"
 
     provides: ClassVar[frozenset[str]] = frozenset({"hidden", "targets"})
 
@@ -71,7 +74,6 @@ class Writer(WritesGrounded, Model):
         super().__init__()
         self.config = self.grounded = config
         self.image_config, self.decoder_config, self.seed = image_config, decoder_config, seed
-        self._tokenizer: Any = None
         self._processor: Any = None
         with seeded(seed, "encoder"):
             self.encoder: Encoder = image_config.build()
@@ -98,19 +100,6 @@ class Writer(WritesGrounded, Model):
         return torch.cat([torch.full_like(ids[:, :1], self.start_id), ids[:, 1:]], 1)
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        """The decoder's text tokenizer, made on first use: published ones need files or the network."""
-        from zoo.data.text import named_tokenizer
-
-        if self._tokenizer is None:
-            self._tokenizer = named_tokenizer(cast("Any", self.decoder_config).tokenizer)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._tokenizer, self._processor = tokenizer, None
 
     @property
     def processor(self) -> Any:

@@ -17,6 +17,7 @@ from zoo.errors import ConfigError, near
 from zoo.layout import Layout, Segment, lay_out
 from zoo.models.base import Model, evaluating
 from zoo.models.lazy import LazyOutputs
+from zoo.models.tokenizing import OwnsTokenizer
 from zoo.part import PartConfig, seeded
 from zoo.plugin import catalogue
 from zoo.recipe import WiringConfig
@@ -24,7 +25,6 @@ from zoo_modalities.imagebind.encoders import frames_of_clip
 
 if TYPE_CHECKING:
     from zoo.capabilities import ImageLike
-    from zoo.data.text import TextTokenizer
     from zoo_modalities.imagebind.processor import BindProcessor
 
 TEMPERATURES = {"audio": 0.05, "depth": 0.2, "thermal": 0.1, "imu": 0.2}
@@ -134,7 +134,7 @@ def _near(name: str, config: BindConfig) -> str:
     return near(name, config.modalities)
 
 
-class Bind(Model):
+class Bind(OwnsTokenizer, Model):
     """Encoders, a matrix each (``image_projection``, ``text_projection``, ``projections``) and temperatures.
 
     The names of image and text parts are those of the wiring ``towers``, so that a CLIP trained there is taken over
@@ -152,7 +152,6 @@ class Bind(Model):
         self.text_config = text_config
         self.encoder_configs = config.encoder_configs()
         self.seed = seed
-        self._tokenizer: TextTokenizer | None = None
         self._processor: BindProcessor | None = None
         width = self.shared_width = config.embed_width
         with seeded(seed, "encoder"):
@@ -356,20 +355,6 @@ class Bind(Model):
         return next(self.encoder.parameters()).dtype
 
     # -- what surrounds the tensors ------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The text tokenizer, made on first use: published ones need files or the network."""
-        from zoo.data.text import named_tokenizer
-
-        if self._tokenizer is None:
-            self._tokenizer = named_tokenizer(self.text_config.tokenizer)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._processor = None
 
     @property
     def processor(self) -> BindProcessor:
