@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from zoo.testing.goldens import Golden, read_golden
 from zoo.torchvision_ops import ensure
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -24,34 +21,10 @@ def pytest_configure() -> None:
     ensure()
 
 
-@dataclass(frozen=True)
-class Golden:
-    """What a published system computed: official weights, inputs, outputs, and the json beside them."""
-
-    info: dict[str, Any]
-    weights: dict[str, Tensor]
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.info["config"]
-
-
-@cache
-def _load(name: str) -> Golden:
-    tensors = load_file(GOLDENS / f"{name}.safetensors")
-    parts = {
-        part: {key.removeprefix(part + "/"): t for key, t in tensors.items() if key.startswith(part + "/")}
-        for part in ("weights", "inputs", "outputs")
-    }
-    return Golden(json.loads((GOLDENS / f"{name}.json").read_text()), **parts)
-
-
 @pytest.fixture
 def golden() -> Callable[[str], Golden]:
     """``golden("show_o")`` reads tests/goldens/show_o.*; treat the tensors as read-only."""
-    return _load
+    return partial(read_golden, GOLDENS)
 
 
 @pytest.fixture

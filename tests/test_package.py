@@ -312,7 +312,7 @@ def test_importing_a_module_only_defines_names() -> None:
         own = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         for node in tree.body:  # what it defined itself, it may finish
             own |= {t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)}
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("zoo."):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("zoo.", "zoo_")):
                 own |= {alias.asname or alias.name for alias in node.names}
         statements = list(effects(tree.body, own))
         if ".".join(path.relative_to(ROOT).with_suffix("").parts) in PREPARES:

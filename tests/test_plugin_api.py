@@ -60,4 +60,4 @@ def test_a_command_of_a_plugin(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_command_of_the_zoo_stays_its_own() -> None:
     word = Component(kind="command", name="train", ref=f"{__name__}:greet", summary="says hello")
     with registered(Plugin(name="rude", components=(word,))) as catalogue:
-        assert [b.reason for b in catalogue.broken] == ["plugin 'rude': zoo train is a command of the zoo's own"]
+        assert [b.reason for b in catalogue.broken] == ["plugin 'rude': command 'train' is already registered by 'zoo'"]

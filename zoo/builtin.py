@@ -7,6 +7,7 @@ from typing import Any
 from zoo.builtin_blip2 import BLIP2
 from zoo.builtin_coca import COCA
 from zoo.builtin_cogvlm import COGVLM
+from zoo.builtin_commands import COMMANDS
 from zoo.builtin_denoisers import DENOISERS
 from zoo.builtin_dialogue import DIALOGUE
 from zoo.builtin_drawing import DRAWING
@@ -472,5 +473,17 @@ WIRED = (
 
 PLUGIN = Plugin(
     name="zoo",
-    components=(*PARTS, *WIRED, *LLAMAGEN, *DATA, *PUBLIC_DATA, *SHARDS, *TASKS, *DRAWING, *SCENES, *EVALUATIONS),
+    components=(
+        *PARTS,
+        *WIRED,
+        *LLAMAGEN,
+        *DATA,
+        *PUBLIC_DATA,
+        *SHARDS,
+        *TASKS,
+        *DRAWING,
+        *SCENES,
+        *EVALUATIONS,
+        *COMMANDS,
+    ),
 )

@@ -27,7 +27,6 @@ from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from zoo.cli import COMMANDS
 from zoo.errors import ConfigError
 from zoo.registry import KINDS, Component, Registry
 
@@ -112,8 +111,6 @@ def _add(
             raise ConfigError(
                 f"plugin {plugin.name!r}: {component.kind} {component.name!r} is already registered by {owner!r}"
             )
-        if component.kind == "command" and component.name in COMMANDS:
-            raise ConfigError(f"plugin {plugin.name!r}: zoo {component.name} is a command of the zoo's own")
         Registry(component.kind).add(component)
         seen.add((component.kind, component.name))
     for file in sorted(folder.rglob("*.yaml")) if folder else []:

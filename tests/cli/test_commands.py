@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.cli import COMMANDS, main
+from zoo.builtin_commands import COMMANDS
+from zoo.cli import main
 from zoo.cli.commands.train import train
 from zoo.cli.overrides import expand, prepare, run_config
 
@@ -227,9 +228,9 @@ def test_list_imports_no_torch() -> None:
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in COMMANDS:
+    for word in COMMANDS:
         with suppress(SystemExit):  # argparse leaves this way
-            main([name, "--help"])
+            main([word.name, "--help"])
         captured = capsys.readouterr()
         assert "usage" in captured.out
         assert captured.err == ""

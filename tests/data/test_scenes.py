@@ -443,7 +443,7 @@ def test_mixes_and_what_cannot_be() -> None:
     with pytest.raises(ConfigError, match="test_scenes = -1"):
         make(test_scenes=-1)
     for wrong in ("train-000300", "train-1", "tset-000000", "train-x"):
-        with pytest.raises(DataError, match="unknown scene"):
+        with pytest.raises(DataError, match="unknown id"):
             source.sample(wrong)
 
 

@@ -299,6 +299,23 @@ def check_split(split: str) -> None:
         raise ConfigError(f"unknown split {split!r}{near(split, SPLITS)}")
 
 
+def split_of(id: str, counts: Mapping[str, int], name: str) -> str:
+    """Return the split of an id such as ``train-000012`` of a source that numbers its samples.
+
+    Args:
+        counts: how many samples each split has.
+        name: the source, for the message.
+
+    Raises:
+        DataError: there is no such id.
+    """
+    split, _, number = id.partition("-")
+    if split not in SPLITS or not number.isdigit() or len(number) < 6 or int(number) >= counts[split]:
+        known = ", ".join(f"{s}-000000 to {s}-{n - 1:06d}" for s, n in counts.items() if n)
+        raise DataError(f"unknown id {id!r} of {name}; there are {known}")
+    return split
+
+
 def read(source: Source, ids: Iterable[str]) -> Iterator[Sample]:
     """Yield the samples of ``ids`` in order, skipping bad ones up to ``source.max_bad``.
 

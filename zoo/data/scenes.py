@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.data.openmoji import DEFAULT_SIZE, LICENCE, OpenMoji, OpenMojiConfig, svg_files
-from zoo.data.sample import SPLITS, Sample, SourceConfig, check_split, stable_hash
+from zoo.data.sample import SPLITS, Sample, SourceConfig, check_split, split_of, stable_hash
 from zoo.data.scenes_icons import IconPool, is_thing, most_drawn
 from zoo.data.scenes_layout import BACKGROUNDS, MOST, UNITS, Placed, Scene, Stream, places, sizes
 from zoo.data.scenes_render import Renderer, Sprites, sides
@@ -181,10 +181,7 @@ class Scenes:
         return self._kept(id)[1]
 
     def _compose(self, id: str) -> tuple[Scene, tuple[Question, ...]]:
-        split, _, number = id.partition("-")
-        if split not in SPLITS or not number.isdigit() or len(number) < 6 or int(number) >= self.counts[split]:
-            known = ", ".join(f"{s}-000000 to {s}-{n - 1:06d}" for s, n in self.counts.items() if n)
-            raise DataError(f"unknown scene {id!r}; there are {known}")
+        split = split_of(id, self.counts, self.name)
         pool = self.pools[split]
         for attempt in range(ATTEMPTS):
             scene = compose(pool, Stream("scene", self.config.seed, id, attempt), self.objects, self.config)

@@ -7,12 +7,12 @@ from functools import lru_cache
 from typing import Any
 
 from zoo.data.openmoji import LICENCE
-from zoo.data.sample import SPLITS, check_split
+from zoo.data.sample import check_split, split_of
 from zoo.data.scenes import Scenes, ScenesConfig, owner
 from zoo.data.scenes_edits import sizes_after
 from zoo.data.scenes_layout import UNITS, Scene
 from zoo.data.scenes_render import Renderer, sides
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 
 MOST_OBJECTS = 8
 """Objects of a scene that leaves room for changes."""
@@ -76,11 +76,7 @@ class Derived:
         Raises:
             DataError: there is no such id.
         """
-        split, _, number = id.partition("-")
-        if split not in SPLITS or not number.isdigit() or len(number) < 6 or int(number) >= self.counts[split]:
-            known = ", ".join(f"{s}-000000 to {s}-{n - 1:06d}" for s, n in self.counts.items() if n)
-            raise DataError(f"unknown id {id!r} of {self.name}; there are {known}")
-        return split
+        return split_of(id, self.counts, self.name)
 
     def owned(self, split: str, scene: Scene) -> bool:
         """Return whether the split may show this picture (always, where each split has icons of its own)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,22 @@ import torch
 import zoo
 from zoo.errors import ConfigError
 from zoo.part import Features
-from zoo.plugin import Catalogue, Plugin, catalogue, registered
+from zoo.plugin import Catalogue, Plugin, catalogue
 from zoo.recipe import resolve
 from zoo.testing import check_light, check_plugin, check_recipe
+from zoo.testing.installed import importable, in_catalogue
 
 ROOT = Path(__file__).parents[1]
 
 
+importable("example", ROOT)
+
+
 @pytest.fixture(autouse=True)
-def found(monkeypatch: pytest.MonkeyPatch) -> Iterator[Catalogue]:
+def found() -> Iterator[Catalogue]:
     """The catalogue with this plugin in it, from its entry point where it is installed."""
-    if entry_points(group="zoo.plugins", name="example"):
-        yield catalogue()
-        return
-    monkeypatch.syspath_prepend(str(ROOT))
-    with registered(plugin()) as catalogue_with_it:
-        yield catalogue_with_it
+    with in_catalogue("example", "zoo_example") as found:
+        yield found
 
 
 def plugin() -> Plugin:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.torch import load_file
-from torch import Tensor
 
 from zoo import torchvision_ops
-from zoo.plugin import Catalogue, catalogue, registered
+from zoo.plugin import Catalogue
+from zoo.testing.goldens import Golden, read_golden
+from zoo.testing.installed import importable, in_catalogue
 
 ROOT = Path(__file__).parents[1]
 
-if not entry_points(group="zoo.plugins", name="grounding"):
-    sys.path.insert(0, str(ROOT))
+importable("grounding", ROOT)
 
 
 def pytest_configure() -> None:
@@ -30,36 +25,11 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def found() -> Iterator[Catalogue]:
     """The catalogue with this plugin in it, from its entry point where it is installed."""
-    if entry_points(group="zoo.plugins", name="grounding"):
-        yield catalogue()
-        return
-    from zoo_grounding import PLUGIN
-
-    with registered(PLUGIN) as with_it:
-        yield with_it
-
-
-@dataclass(frozen=True)
-class Golden:
-    """What a published system computed: its configuration, official weights, inputs and outputs."""
-
-    config: dict[str, Any]
-    weights: dict[str, Tensor]
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
+    with in_catalogue("grounding", "zoo_grounding") as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Golden]:
     """``golden("pixellm")`` reads goldens/pixellm.* beside this file; treat the tensors as read-only."""
-
-    def read(name: str) -> Golden:
-        folder = ROOT / "tests" / "goldens"
-        tensors = load_file(folder / f"{name}.safetensors")
-        parts = {
-            part: {key.removeprefix(part + "/"): t for key, t in tensors.items() if key.startswith(part + "/")}
-            for part in ("weights", "inputs", "outputs")
-        }
-        return Golden(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["config"], **parts)
-
-    return read
+    return partial(read_golden, ROOT / "tests" / "goldens")

@@ -135,7 +135,7 @@ def test_kinds_and_sorts(scenes: GroundingScenes) -> None:
     placed = scene.objects[0]
     icons = {"1F408": "animal", "1F354": "food", "1F697": "vehicle", "1F4D6": "thing", "2600": None}
     assert {code: sort_of(type(placed)(code, "x", 0, 0, 8)) for code in icons} == icons
-    with pytest.raises(DataError, match="unknown scene 'train-9'"):
+    with pytest.raises(DataError, match="unknown id 'train-9'"):
         scenes.sample("train-9")
 
 

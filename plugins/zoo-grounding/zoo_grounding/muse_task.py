@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from zoo.capabilities import MaskedText, SegmentInText
-from zoo.errors import ConfigError, DataError
+from zoo.capabilities import MaskedText
 from zoo.evaluation.metric_info import MetricInfo
-from zoo.evaluation.task import Progress, SourceLike, TaskResult, choose_ids, cluster_of, sample_ids
+from zoo.evaluation.task import cluster_of
 from zoo_grounding.masks import IGNORED
 from zoo_grounding.muse_metric import matched
-from zoo_grounding.task import Asked, Grounding, GroundingConfig, shown_answer
+from zoo_grounding.task import Asked, Grounding, GroundingConfig, checked_size, share
 
 MANY = 3
 """Targets from which on an answer has many."""
-
-
-def _share(label: str, above: str, below: str, help: str) -> MetricInfo:
-    return MetricInfo(label=label, numerator=above, denominator=below, percent=True, help=help)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +31,10 @@ class MuseTaskConfig(GroundingConfig):
             help="a question's sum of intersections over unions, found and wanted masks paired at best, over the larger"
             " number of the two; the mean over questions",
         ),
-        "ciou": _share("cIoU", "intersection", "union", "all intersections over all unions, lone masks added"),
-        "giou_one": _share("gIoU, one", "score_one", "one", "gIoU of questions with one target"),
-        "giou_several": _share("gIoU, several", "score_several", "several", "gIoU of questions with several targets"),
-        "giou_many": _share("gIoU, many", "score_many", "many", "gIoU of questions with three targets or more"),
+        "ciou": share("cIoU", "intersection", "union", "all intersections over all unions, lone masks added"),
+        "giou_one": share("gIoU, one", "score_one", "one", "gIoU of questions with one target"),
+        "giou_several": share("gIoU, several", "score_several", "several", "gIoU of questions with several targets"),
+        "giou_many": share("gIoU, many", "score_many", "many", "gIoU of questions with three targets or more"),
         "count_right": MetricInfo(
             label="right number", numerator="count_right", percent=True, help="answers with the right number of masks"
         ),
@@ -56,46 +51,19 @@ class MuseTask(Grounding):
     """
 
     name = "muse"
-    needs = (SegmentInText,)
+    sources = "data=muse, data=muse-coco or data=muse-scenes"
     config: MuseTaskConfig
 
-    def run(self, model: Any, source: SourceLike, split: str, progress: Progress | None = None) -> TaskResult:
-        ids = choose_ids(source, split, self.config.items)
-        rows: list[dict[str, Any]] = []
-        pictured = set(sample_ids(ids))
-        samples: dict[str, dict[str, Any]] = {}
-        for asked, answer in self.answers(model, source, ids, progress):
-            rows.append(_row(asked, answer))
-            if asked.sample.id in pictured and asked.sample.id not in samples:
-                samples[asked.sample.id] = shown_answer(asked, answer)
-        if not rows:
-            raise DataError(
-                f"{self.name}: no chosen sample of {source.name} has questions with masks (meta: turns, masks);"
-                " use data=muse, data=muse-coco or data=muse-scenes, or leave the task out"
-            )
-        metrics: dict[str, float] = {}
-        for name, info in self.config.metrics.items():
-            count = sum(row[info.denominator] for row in rows) if info.denominator else len(rows)
-            if count:
-                metrics[name] = sum(row[info.numerator] for row in rows) / count
-        metrics |= {"questions": float(len(rows)), "targets": sum(row["targets"] for row in rows)}
-        return TaskResult(
-            name=self.name,
-            metrics=metrics,
-            items=rows,
-            spec_hash=self.spec_hash(source, split),
-            samples=list(samples.values()),
-        )
+    def rows(self, asked: Asked, answer: MaskedText) -> list[dict[str, Any]]:
+        """One row a question."""
+        return [_row(asked, answer)]
+
+    def counts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        return {"questions": float(len(rows)), "targets": sum(row["targets"] for row in rows)}
 
 
 def _row(asked: Asked, answer: MaskedText) -> dict[str, Any]:
-    image = asked.sample.image
-    size = (image.height, image.width)
-    if answer.masks.dtype != torch.bool or tuple(answer.masks.shape[1:]) != size:
-        raise ConfigError(
-            f"muse: segment gave masks of {tuple(answer.masks.shape)} {answer.masks.dtype} for an image of {size}"
-            " (height, width): expected bool [masks, height, width]"
-        )
+    size = checked_size("muse", asked, answer)
     wanted = torch.stack(list(asked.masks)) if asked.masks else torch.zeros(0, *size, dtype=torch.uint8)
     scored = (wanted != IGNORED).all(0)
     pair = matched(answer.masks.cpu() & scored, (wanted == 1) & scored)

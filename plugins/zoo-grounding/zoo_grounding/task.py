@@ -19,7 +19,8 @@ from zoo_grounding.masks import IGNORED, as_masks
 from zoo_grounding.overlay import overlay
 
 
-def _share(label: str, above: str, below: str, help: str, detail: bool = False) -> MetricInfo:
+def share(label: str, above: str, below: str, help: str, detail: bool = False) -> MetricInfo:
+    """A metric in percent: the sum of one column of the rows over the sum of another."""
     return MetricInfo(label=label, numerator=above, denominator=below, percent=True, detail=detail, help=help)
 
 
@@ -41,13 +42,13 @@ class GroundingConfig:
             label="gIoU", numerator="iou", percent=True, primary=True,
             help="mean intersection over union of the targets; a missing or extra mask is 0, rightly none is 1",
         ),
-        "ciou": _share("cIoU", "intersection", "union", "all intersections over all unions"),
-        "giou_one": _share("gIoU, one", "iou_one", "one", "gIoU of questions with one target"),
-        "giou_several": _share("gIoU, several", "iou_several", "several", "gIoU of questions with several targets"),
-        "absent_right": _share("none, none", "absent_right", "absent", "questions without a target, no mask"),
-        "count_right": _share("right number", "count_right", "question", "answers with the right number of masks"),
-        "giou_part": _share("gIoU, parts", "iou_part", "part", "gIoU of hair and skin", detail=True),
-        "giou_reason": _share("gIoU, reasoning", "iou_reason", "reason", "gIoU of what is not named", detail=True),
+        "ciou": share("cIoU", "intersection", "union", "all intersections over all unions"),
+        "giou_one": share("gIoU, one", "iou_one", "one", "gIoU of questions with one target"),
+        "giou_several": share("gIoU, several", "iou_several", "several", "gIoU of questions with several targets"),
+        "absent_right": share("none, none", "absent_right", "absent", "questions without a target, no mask"),
+        "count_right": share("right number", "count_right", "question", "answers with the right number of masks"),
+        "giou_part": share("gIoU, parts", "iou_part", "part", "gIoU of hair and skin", detail=True),
+        "giou_reason": share("gIoU, reasoning", "iou_reason", "reason", "gIoU of what is not named", detail=True),
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -80,7 +81,18 @@ class Grounding(Task):
 
     name = "grounding"
     needs = (SegmentInText,)
+    sources = "data=openmoji-grounding or data=reason-seg"
+    """What has questions with masks, for the error message."""
+
     config: GroundingConfig
+
+    def rows(self, asked: Asked, answer: MaskedText) -> list[dict[str, Any]]:
+        """One row a target or mask of the answer, whichever are more; one for a question that rightly has neither."""
+        return _rows(asked, answer)
+
+    def counts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """What is counted beside the metrics."""
+        return {"questions": float(sum(row["question"] for row in rows)), "masks": float(len(rows))}
 
     def run(self, model: Any, source: SourceLike, split: str, progress: Progress | None = None) -> TaskResult:
         ids = choose_ids(source, split, self.config.items)
@@ -88,23 +100,22 @@ class Grounding(Task):
         shown = set(sample_ids(ids))
         samples: dict[str, dict[str, Any]] = {}
         for asked, answer in self.answers(model, source, ids, progress):
-            rows += _rows(asked, answer)
+            rows += self.rows(asked, answer)
             if asked.sample.id in shown and asked.sample.id not in samples:
                 samples[asked.sample.id] = shown_answer(asked, answer)
         if not rows:
             raise DataError(
                 f"{self.name}: no chosen sample of {source.name} has questions with masks (meta: turns, masks);"
-                " use data=openmoji-grounding or data=reason-seg, or leave the task out"
+                f" use {self.sources}, or leave the task out"
             )
         metrics: dict[str, float] = {}
         for name, info in self.config.metrics.items():
             count = sum(row[info.denominator] for row in rows) if info.denominator else len(rows)
             if count:
                 metrics[name] = sum(row[info.numerator] for row in rows) / count
-        metrics |= {"questions": float(sum(row["question"] for row in rows)), "masks": float(len(rows))}
         return TaskResult(
             name=self.name,
-            metrics=metrics,
+            metrics=metrics | self.counts(rows),
             items=rows,
             spec_hash=self.spec_hash(source, split),
             samples=list(samples.values()),
@@ -159,18 +170,27 @@ def _questions(sample: Any) -> list[Asked]:
     return found
 
 
-def _rows(asked: Asked, answer: MaskedText) -> list[dict[str, Any]]:
-    """One row a target or mask, whichever are more; one for a question that rightly has neither."""
-    from zoo.evaluation.segmentation_metrics import ious, overlaps
+def checked_size(task: str, asked: Asked, answer: MaskedText) -> tuple[int, int]:
+    """The (height, width) of the image.
 
-    wanted, found = asked.masks, list(answer.masks.cpu())
+    Raises:
+        ConfigError: the answer's masks are not bool [masks, height, width].
+    """
     image = asked.sample.image
     size = (image.height, image.width)
     if answer.masks.dtype != torch.bool or tuple(answer.masks.shape[1:]) != size:
         raise ConfigError(
-            f"grounding: segment gave masks of {tuple(answer.masks.shape)} {answer.masks.dtype} for an image of {size}"
+            f"{task}: segment gave masks of {tuple(answer.masks.shape)} {answer.masks.dtype} for an image of {size}"
             " (height, width): expected bool [masks, height, width]"
         )
+    return size
+
+
+def _rows(asked: Asked, answer: MaskedText) -> list[dict[str, Any]]:
+    from zoo.evaluation.segmentation_metrics import ious, overlaps
+
+    size = checked_size("grounding", asked, answer)
+    wanted, found = asked.masks, list(answer.masks.cpu())
     nothing = torch.zeros(size, dtype=torch.bool)
     rows: list[dict[str, Any]] = []
     for number in range(max(len(wanted), len(found), 1)):

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from zoo import torchvision_ops
-from zoo.plugin import catalogue, registered
+from zoo.plugin import Catalogue
+from zoo.testing.goldens import Golden, read_golden
+from zoo.testing.installed import importable, in_catalogue
 
 ROOT = Path(__file__).parents[1]
 
-if not entry_points(group="zoo.plugins", name="stories"):
-    sys.path.insert(0, str(ROOT))
+importable("stories", ROOT)
 
 
 def pytest_configure() -> None:
@@ -29,35 +24,16 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def found() -> Any:
+def found() -> Iterator[Catalogue]:
     """The catalogue with this plugin in it, from its entry point where it is installed."""
-    if entry_points(group="zoo.plugins", name="stories"):
-        yield catalogue()
-        return
-    from zoo_stories import PLUGIN
-
-    with registered(PLUGIN) as with_it:
-        yield with_it
-
-
-@dataclass(frozen=True)
-class Golden:
-    config: dict[str, Any]
-    weights: dict[str, Tensor]
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
+    with in_catalogue("stories", "zoo_stories") as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     """What StoryDiffusion's released code computed (tests/goldens/storydiffusion.json says how)."""
-    folder = ROOT / "tests" / "goldens"
-    tensors = load_file(folder / "storydiffusion.safetensors")
-    parts = {
-        part: {key.removeprefix(part + "/"): t for key, t in tensors.items() if key.startswith(part + "/")}
-        for part in ("weights", "inputs", "outputs")
-    }
-    return Golden(json.loads((folder / "storydiffusion.json").read_text())["config"], **parts)
+    return read_golden(ROOT / "tests" / "goldens", "storydiffusion")
 
 
 @pytest.fixture(scope="session")

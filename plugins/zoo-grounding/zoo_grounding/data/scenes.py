@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.data.openmoji import DEFAULT_SIZE, LICENCE, OpenMoji, OpenMojiConfig, svg_files
-from zoo.data.sample import SPLITS, Sample, SourceConfig, check_split
+from zoo.data.sample import Sample, SourceConfig, check_split, split_of
 from zoo.data.scenes import ATTEMPTS, Scenes, ScenesConfig, compose, described, owner
 from zoo.data.scenes_layout import Scene, Stream
 from zoo.data.scenes_texts import captions
@@ -133,10 +133,7 @@ class GroundingScenes:
         return self._kept(id)[1]
 
     def _compose(self, id: str) -> tuple[Scene, tuple[Asked, ...]]:
-        split, _, number = id.partition("-")
-        if split not in SPLITS or not number.isdigit() or len(number) < 6 or int(number) >= self.base.counts[split]:
-            known = ", ".join(f"{s}-000000 to {s}-{n - 1:06d}" for s, n in self.base.counts.items() if n)
-            raise DataError(f"unknown scene {id!r}; there are {known}")
+        split = split_of(id, self.base.counts, self.name)
         pool, config = self.base.pools[split], self.base.config
         for attempt in range(ATTEMPTS):
             scene = compose(pool, Stream("grounding", config.seed, id, attempt), self.base.objects, config)
