@@ -89,6 +89,7 @@ def test_runs_that_come_first_are_the_same_wherever_they_are_named(resolved: dic
     assert set(places) == {
         *("eye", "weak", "language", "weak-language", "aligned", "stage1"),
         *("judge", "latents", "codes", "unified"),
+        *("draws-judge", "draws-texts", "draws-latents", "draws-drawer"),
     }
     assert list(resolved["B11"].arms["variant"][ONE].firsts) == ["eye", "language", "aligned"]
     assert list(resolved["B11"].arms["baseline"][ONE].firsts) == ["eye", "language"]

@@ -23,6 +23,7 @@ from zoo.part import Features
 from zoo.recipe import resolve
 from zoo.registry import parse
 from zoo.sampling.block import Prefix
+from zoo.sampling.text import streams
 from zoo.testing.config import shake
 from zoo.weights.keymaps import load_into, minigpt5
 
@@ -390,6 +391,45 @@ def test_the_detokenizer_learns_from_images() -> None:
     assert "output_connector.adapter" not in tops
 
 
+# -- two stages --------------------------------------------------------------------------------------------------------
+
+
+def test_a_caption_that_is_drawn_is_the_two_stage_baseline() -> None:
+    """The text encoder's states of the caption are the condition: no state of the language model reaches the image."""
+    module = built().eval()
+    model = module.model
+    batch = batch_of(module)
+    set_(module, condition_from="text")
+    out = model(batch)
+    expected = model.diffuse(
+        {"pixel_values": batch["drawn_values"]},
+        Features(model._caption_states(batch["caption_ids"], batch["caption_mask"])),
+    )
+    torch.testing.assert_close(out["prediction"], expected["prediction"])
+    torch.testing.assert_close(
+        model.generate_images(["red apple"], seed=1, guidance=2.0),
+        model._pictures(
+            model._latents(
+                model.condition_of(["red apple"]),
+                model.condition_of([""]),
+                model._way(None, None, 2.0, None, None),
+                streams(1, 0, 1),
+            )
+        ),
+    )
+    with torch.no_grad():  # an answer draws what it says: other words, another image; other vokens, the same
+        said, drawn = model.generate_interleaved([["red apple"]], max_new_tokens=4, force=True, seed=2)[0]
+        again = model._pictures(
+            model._latents(model.condition_of([said]), None, model._way(None, None, None, None, None), streams(2, 0, 1))
+        )[0]
+        torch.testing.assert_close(drawn, again)
+        model.decoder.input_rows += torch.randn(
+            model.decoder.input_rows.shape, generator=torch.Generator().manual_seed(4)
+        )
+        _, other = model.generate_interleaved([["red apple"]], max_new_tokens=4, force=True, seed=2)[0]
+    torch.testing.assert_close(other, drawn)
+
+
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 
@@ -434,7 +474,7 @@ def test_bad_input() -> None:
         (lambda: module.generate_images(["word " * 400]), "context_length"),
         (lambda: built(output_connector="query-resampler", **{"wiring.vokens": 5}), "square grid"),
         (lambda: built(**{"wiring.condition_from": "image"}), "query-resampler"),
-        (lambda: built(**{"wiring.condition_from": "nowhere"}), "must be one of language, image"),
+        (lambda: built(**{"wiring.condition_from": "nowhere"}), "must be one of language, image, text"),
         (lambda: built(**{"wiring.answers": {"picture": 1.0}}), "unknown kind 'picture'"),
         (lambda: built(**{"wiring.vokens": 0}), "vokens of 1 or more"),
         (lambda: built(**{"objective.alignment.form": "l3"}), "must be one of mse, euclidean, cosine"),

@@ -6,7 +6,7 @@ The three differ in their output connector, in what it is compared with, and in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 STEPS_OF_A_SCALE = 20
 """Steps of drawing where a ``scale`` makes a model small."""
 
-SOURCES = ("language", "image")
-"""Where the condition comes from: the language model, or the image that is to be drawn."""
+SOURCES = ("language", "image", "text")
+"""Where the condition comes from: the language model, the image that is to be drawn, or the text it is drawn for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,10 @@ class LLMDrawsConfig(LatentDrawingFields, BridgeConfig):
         ask: What asks for a text and its image.
         scenes: Scenes of a story that an answer tells; 0 = all that follow.
         drop: Share of the images in training that are drawn without a condition, for guidance.
-        condition_from: ``language``, or ``image``: what the output connector makes of the image's own features, as
-            SEED-X's de-tokenizer learns to draw.
+        condition_from: ``language``; ``image``: what the output connector makes of the image's own features, as SEED-X's
+            de-tokenizer learns to draw; ``text``: the text encoder's states of the caption, in an answer of what was
+            written before the image, back to the one before it. This is the baseline of two stages, which writes a
+            caption and draws it: no voken's state reaches the image.
         pad_id: As of ``latent-diffusion``: id with which captions are filled up, all of which the text encoder reads
             and the denoiser was trained on. -1: pads are not read; behind its end a caption is its last state again.
         sample_latents: Draw latents from the tokenizer's Gaussian in training; otherwise take its mean.
@@ -316,6 +318,11 @@ class LLMDraws(WritesAndDraws, Bridge, Denoises):
     def _training_condition(self, out: LazyOutputs, drawn: Mapping[str, Tensor], dropped: Tensor | None) -> Features:
         """What the denoiser reads of the batch's images."""
         connector = self.output_connector
+        if self.config.condition_from == "text":
+            with torch.no_grad():
+                states = self._caption_states(drawn["caption_ids"], drawn["caption_mask"])
+                blind = states if dropped is None else self._empty_text()
+            return Features(states if dropped is None else torch.where(dropped[:, None, None], blind, states))
         aligned = self._target(drawn) if self.config.condition_from == "image" else out["whole"]
         condition = connector.condition(aligned)
         if dropped is None or connector.unconditional != "image":
@@ -329,6 +336,12 @@ class LLMDraws(WritesAndDraws, Bridge, Denoises):
         if dropped is not None and self.output_connector.unconditional == "states" and self._by_text:
             target = torch.where(dropped[:, None, None], self._empty_text(), target)
         return target
+
+    @torch.no_grad()
+    def condition_of(self, texts: Sequence[str]) -> Features:
+        """What the denoiser reads of captions [N, L, D]: the text encoder's states."""
+        rows = {name: value.to(self.device) for name, value in self.processor.encode_captions(texts).items()}
+        return Features(self._caption_states(rows["caption_ids"], rows["caption_mask"]))
 
     @torch.no_grad()
     def _target(self, drawn: Mapping[str, Tensor]) -> Tensor:
@@ -360,12 +373,14 @@ class LLMDraws(WritesAndDraws, Bridge, Denoises):
         if next(self.text_encoder.parameters()).is_meta:
             ids = torch.zeros(1, self.output_connector.outputs, dtype=torch.long, device=self.device)
             return self._caption_states(ids, torch.ones_like(ids, dtype=torch.bool))
-        rows = {name: value.to(self.device) for name, value in self.processor.encode_captions([""]).items()}
-        return self._caption_states(rows["caption_ids"], rows["caption_mask"])
+        return self.condition_of([""]).tokens
 
     def no_condition(self) -> Features:
         """What the denoiser reads without a condition [1, S, D]: each system's own (see ``OutputConnector``)."""
         connector, like = self.output_connector, self.decoder.input_rows
+        if self.config.condition_from == "text":
+            with torch.no_grad():
+                return Features(self._empty_text())
         if connector.unconditional == "states":
             none: Features = connector(like.new_zeros(1, self.config.vokens, self.decoder.width))
             return none

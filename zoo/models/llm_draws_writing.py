@@ -52,6 +52,8 @@ class WritesAndDraws:
             image_tokens: Tensor | None = None,
         ) -> Tensor: ...
         def _layout(self, ids: Tensor, attention_mask: Tensor | None, padding: Padding | None = None) -> Layout: ...
+        def _caption_states(self, ids: Tensor, mask: Tensor) -> Tensor: ...
+        def condition_of(self, texts: Sequence[str]) -> Features: ...
         def _states(self, ids: Tensor, hidden: Tensor, count: int) -> Tensor: ...
         def _pixels(self, images: Sequence[ImageLike]) -> Tensor: ...
         def _latents(
@@ -73,7 +75,8 @@ class WritesAndDraws:
     # -- images of texts -------------------------------------------------------------------------------------------
 
     def prompt_rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Rows of the texts with an image's tokens behind each, ``input_ids`` and ``attention_mask`` [N, T].
+        """Rows of the texts with an image's tokens behind each, ``input_ids`` and ``attention_mask`` [N, T]; where texts
+        are the condition, ``caption_ids`` and ``caption_mask`` [N, L] too.
 
         Raises:
             ConfigError: A text that leaves no room for the image.
@@ -82,6 +85,8 @@ class WritesAndDraws:
             rows: dict[str, Tensor] = self.processor.encode_drawing(texts)
         except DataError as error:
             raise ConfigError(str(error)) from None
+        if self.config.condition_from == "text":
+            rows |= self.processor.encode_captions(texts)
         return rows
 
     def condition(self, batch: Mapping[str, Tensor]) -> Features:
@@ -90,6 +95,8 @@ class WritesAndDraws:
         if not len(ids):
             width = self.output_connector.width
             return Features(torch.zeros(0, self.output_connector.outputs, width, device=self.device))
+        if self.config.condition_from == "text":
+            return Features(self._caption_states(batch["caption_ids"], batch["caption_mask"]))
         used = int(mask.any(0).int().argmax())  # columns of pads alone change nothing
         ids, mask = ids[:, used:], mask[:, used:]
         layout = self._layout(ids, None if bool(mask.all()) else mask)
@@ -183,7 +190,8 @@ class WritesAndDraws:
                 token = self.voken_ids[0]
             if token == self.voken_ids[0] and opens:
                 drawn += 1
-                out += [*self._said(words), self._image(prefix, ids, vokens, way, generators)]
+                said = self._said(words)
+                out += [*said, self._image(prefix, ids, vokens, " ".join(map(str, said)), way, generators)]
                 words = []
                 ids = torch.cat([ids, vokens], 1)
                 continue
@@ -217,14 +225,24 @@ class WritesAndDraws:
         return int(choose(logits, decoding, draw))
 
     def _image(
-        self, prefix: Prefix, ids: Tensor, vokens: Tensor, way: Any, generators: Sequence[torch.Generator]
+        self,
+        prefix: Prefix,
+        ids: Tensor,
+        vokens: Tensor,
+        said: str,
+        way: Any,
+        generators: Sequence[torch.Generator],
     ) -> Tensor:
-        """Write an image's tokens and draw it: [3, H, W]."""
+        """Write an image's tokens behind what was ``said`` and draw it: [3, H, W]."""
         before = prefix.hidden[:, None]  # [1, 1, D], what predicted the first of them
         hidden = prefix.block(self.decoder.embed(vokens), prefix.layout.names[-1], keep=True, modality=0)
         row = torch.cat([ids[:, -1:], vokens], 1)
-        states = self._states(row, torch.cat([before, hidden], 1), 1)  # [1, n, D]
-        return self._pictures(self._latents(self.output_connector(states), None, way, generators))[0]
+        if self.config.condition_from == "text":
+            condition = self.condition_of([said])
+        else:
+            states = self._states(row, torch.cat([before, hidden], 1), 1)  # [1, n, D]
+            condition = self.output_connector(states)
+        return self._pictures(self._latents(condition, None, way, generators))[0]
 
     def _stopped(self, words: Sequence[int]) -> bool:
         """A stop of several tokens stands at the end."""
