@@ -57,10 +57,10 @@ class LLMDrawsConfig(LatentDrawingFields, BridgeConfig):
         ask: What asks for a text and its image.
         scenes: Scenes of a story that an answer tells; 0 = all that follow.
         drop: Share of the images in training that are drawn without a condition, for guidance.
-        condition_from: ``language``; ``image``: what the output connector makes of the image's own features, as SEED-X's
-            de-tokenizer learns to draw; ``text``: the text encoder's states of the caption, in an answer of what was
-            written before the image, back to the one before it. This is the baseline of two stages, which writes a
-            caption and draws it: no voken's state reaches the image.
+        condition_from: ``language``; ``image``: what the output connector makes of the image's own features, as
+            SEED-X's de-tokenizer learns to draw; ``text``: the text encoder's states of the caption, in an answer of
+            what was written before the image, back to the one before it. This is the baseline of two stages, which
+            writes a caption and draws it: no voken's state reaches the image.
         pad_id: As of ``latent-diffusion``: id with which captions are filled up, all of which the text encoder reads
             and the denoiser was trained on. -1: pads are not read; behind its end a caption is its last state again.
         sample_latents: Draw latents from the tokenizer's Gaussian in training; otherwise take its mean.

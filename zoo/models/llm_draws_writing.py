@@ -75,8 +75,8 @@ class WritesAndDraws:
     # -- images of texts -------------------------------------------------------------------------------------------
 
     def prompt_rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Rows of the texts with an image's tokens behind each, ``input_ids`` and ``attention_mask`` [N, T]; where texts
-        are the condition, ``caption_ids`` and ``caption_mask`` [N, L] too.
+        """Rows of the texts with an image's tokens behind each, ``input_ids`` and ``attention_mask`` [N, T]; where
+        texts are the condition, ``caption_ids`` and ``caption_mask`` [N, L] too.
 
         Raises:
             ConfigError: A text that leaves no room for the image.
