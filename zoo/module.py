@@ -7,11 +7,12 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from zoo import draws
 from zoo.adapters import is_adapter
 from zoo.capabilities import capabilities_of
 from zoo.errors import ConfigError, near
@@ -20,13 +21,18 @@ from zoo.nn.cpu_attention import full_precision_attention
 from zoo.objectives.base import Objective
 from zoo.objectives.momentum import Momentum, shared_momentum
 from zoo.own_optimizers import OwnOptimizers
+from zoo.part import derived_seed
 from zoo.quantized import is_quantized
 from zoo.recipe import OptimizerConfig, Recipe
+from zoo.strategies import assert_world_size, checkpoint_blocks, clip_gradients, compile_model, reduce_whole, shard
 from zoo.torchvision_ops import ensure
 
 ensure()  # lightning imports torchmetrics, which imports torchvision
 
 from lightning.pytorch import LightningModule  # noqa: E402
+
+if TYPE_CHECKING:
+    from zoo.run_config import TrainerConfig
 
 NO_DECAY = ("bias", "position", "pos_embed", "class_embedding", "cls_token", "embed.cls", "query_tokens", "latents")
 """Parameter name parts without weight decay, beside everything of fewer than two dimensions (clip.md section 5)."""
@@ -105,6 +111,8 @@ class ZooModule(LightningModule):
         recipe: What it was built from.
         stage: Index of the recipe's stage that is being trained.
         steps: Optimizer steps of this stage; None = what the Trainer estimates. Set by ``expect``.
+        divided: FSDP keeps a part of each parameter on each rank.
+        seed: Of the run, from which the draws of a step follow that all ranks share; set by ``spread``.
     """
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
@@ -117,6 +125,10 @@ class ZooModule(LightningModule):
         self.steps: float | None = None
         self.report: dict[str, Tensor] = {}
         self.own: OwnOptimizers | None = None
+        self.seed = 0
+        self.precision = "fp32"
+        self.divided = False
+        self.ranks: int | None = None
         self._own_state: Mapping[str, Any] = {}
         self.set_stage(0)
 
@@ -166,6 +178,29 @@ class ZooModule(LightningModule):
         if self.momentum is not None:
             self.momentum.steps = steps
 
+    def ever_trained(self) -> set[nn.Parameter]:
+        """The model's parameters that learn in any stage."""
+        named = dict(self.model.named_parameters())
+        return {named[n] for stage in self.recipe.stages for n in trained_names(named, stage.train, stage.freeze)}
+
+    def spread(self, seed: int, trainer: TrainerConfig) -> None:
+        """Get ready to train as ``trainer`` says: compiled, with checkpoints of activations, over several devices."""
+        self.seed, self.precision, self.ranks = seed, trainer.precision, trainer.devices * trainer.nodes
+        if trainer.checkpointing == "blocks":
+            checkpoint_blocks(self.model)
+        if trainer.compile:
+            compile_model(self.model, trainer.resolved_strategy)
+
+    def configure_model(self) -> None:
+        """Called by the Trainer when the processes know each other; under FSDP every rank then keeps its part."""
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"], self.precision)
+            self.divided = True
+
+    def on_fit_start(self) -> None:
+        if self.ranks is not None:
+            assert_world_size(self.trainer, self.ranks)
+
     def train(self, mode: bool = True) -> ZooModule:
         """Set training mode, except for modules whose parameters are all frozen: their dropout and statistics stay
         off.
@@ -186,8 +221,8 @@ class ZooModule(LightningModule):
             several.
         """
         active: list[Any] = [self.objectives[name] for name in self.active]
-        momentum = self.momentum if any(o.momentum_rate is not None for o in active) else None
-        if momentum is not None and self.training:
+        momentum = self.momentum if self._reads_momentum() else None
+        if momentum is not None and self.training and not self.divided:
             momentum.update(self.model)
         outputs = self.model(batch)
         total: Tensor | None = None
@@ -209,8 +244,15 @@ class ZooModule(LightningModule):
         assert total is not None  # a recipe has at least one objective
         return total, {"loss": total.detach(), **report}
 
+    def _reads_momentum(self) -> bool:
+        objectives: list[Any] = [self.objectives[name] for name in self.active]
+        return any(objective.momentum_rate is not None for objective in objectives)
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        with full_precision_attention():
+        if self.divided and self.momentum is not None and self._reads_momentum():
+            self.momentum.update(self.model)  # part by part, before FSDP gathers them
+        first = derived_seed(self.seed, f"step/{self.stage}/{batch_idx}/0")
+        with full_precision_attention(), draws.shared(first):
             loss, self.report = self.losses(batch)
         return loss
 
@@ -284,6 +326,11 @@ class ZooModule(LightningModule):
     ) -> None:
         """Clip to the stage's norm, unless the Trainer was given one of its own."""
         own = self.recipe.stage_optimizer(self.stage).clip or None
+        if self.divided:
+            reduce_whole(self)
+            if most := gradient_clip_val or own:
+                clip_gradients([p for group in optimizer.param_groups for p in group["params"]], most)
+            return
         self.clip_gradients(optimizer, gradient_clip_val or own, gradient_clip_algorithm or "norm")
 
     def __getattr__(self, name: str) -> Any:

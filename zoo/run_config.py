@@ -25,8 +25,12 @@ class TrainerConfig(PartConfig):
     """How a run is executed. Nothing here may change what it learns beyond rounding, except ``precision`` and ``ema``.
 
     Attributes:
-        accelerator: ``auto``, ``cpu``, ``gpu``, ``mps``.
+        accelerator: ``auto``, ``cpu``, ``gpu`` (or ``cuda``), ``mps``.
         devices: Devices a node; the batch is divided among them.
+        strategy: ``single``, one device; ``ddp``, a copy of everything on each; ``fsdp``, parameters, gradients and
+            moments divided among them (FSDP2); ``auto``: single on one device, ddp on several (``zoo.strategies``).
+        checkpointing: Of activations: ``blocks`` keeps the inputs of the models' blocks and computes the rest again in
+            the backward pass, ``none`` keeps everything. The numbers are the same.
         precision: ``fp32``, ``bf16`` (autocast) or ``fp16`` (autocast with loss scaling). On a CPU measure before
         choosing bf16.
         compile: Compile the inner module.
@@ -48,6 +52,8 @@ class TrainerConfig(PartConfig):
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
+    strategy: str = "auto"
+    checkpointing: str = "none"
     precision: str = "fp32"
     compile: bool = False
     ema: float = 0.0
@@ -69,6 +75,9 @@ class TrainerConfig(PartConfig):
         for name in ("devices", "nodes", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be 1 or more")
+        if self.checkpointing not in CHECKPOINTING:
+            raise ValueError(f"checkpointing = {self.checkpointing!r}{near(self.checkpointing, CHECKPOINTING)}")
+        self._check_strategy()
         if self.cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype = {self.cache_dtype!r}{near(self.cache_dtype, CACHE_DTYPES)}")
         if not self.cache_max_gb > 0:
@@ -76,10 +85,30 @@ class TrainerConfig(PartConfig):
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema} must be in [0, 1)")
 
+    def _check_strategy(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy = {self.strategy!r}{near(self.strategy, STRATEGIES)}")
+        count = self.devices * self.nodes
+        if self.strategy == "single" and count > 1:
+            raise ValueError(f"strategy = single is one device, not {count}: choose auto, ddp or fsdp")
+        if self.strategy in ("ddp", "fsdp") and count == 1:
+            raise ValueError(f"strategy = {self.strategy} needs several devices: set trainer.devices, or choose auto")
+        if self.strategy == "fsdp" and self.precision == "fp16":
+            raise ValueError("strategy = fsdp has no loss scaling for precision = fp16: choose bf16")
+
+    @property
+    def resolved_strategy(self) -> str:
+        """``single``, ``ddp`` or ``fsdp``."""
+        if self.strategy != "auto":
+            return self.strategy
+        return "ddp" if self.devices * self.nodes > 1 else "single"
+
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 CACHE_DTYPES = ("computed", "float16")
-ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+STRATEGIES = ("auto", "single", "ddp", "fsdp")
+CHECKPOINTING = ("none", "blocks")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zoo.averaging import WeightAverage
 from zoo.budget import Plan, open_source, plan
 from zoo.compare import record
 from zoo.compare.cost import cost
@@ -23,13 +24,14 @@ from zoo.frozen_features import open_features
 from zoo.manifest import Manifest, sample_flops, start_manifest, write_json
 from zoo.resuming import Interrupted, Keeper, load_checkpoint, quiet_lightning, save_checkpoint
 from zoo.run_config import PRECISIONS, RunConfig
+from zoo.strategies import check_devices, gathered, lightning_strategy
 from zoo.torchvision_ops import ensure
 from zoo.tracking import Tracked, Tracker, flat_metrics, open_tracker
 
 ensure()  # lightning imports torchmetrics, which imports torchvision
 
 from lightning.pytorch import Trainer  # noqa: E402
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
 
 if TYPE_CHECKING:
     from zoo.data.sample import Source
@@ -45,13 +47,12 @@ def make_trainer(config: RunConfig, folder: Path, steps: int | None, callbacks: 
         steps: None where a callback ends the stage.
     """
     trainer = config.trainer
-    several = trainer.devices * trainer.nodes > 1
     with quiet_lightning():
         return Trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.nodes,
-            strategy="ddp" if several else "auto",
+            strategy=lightning_strategy(trainer),
             precision=PRECISIONS[trainer.precision],  # type: ignore[arg-type]
             max_steps=-1 if steps is None else steps,
             max_epochs=-1,
@@ -90,6 +91,7 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
     present = int(os.environ.get("WORLD_SIZE", "1"))
     if present != ranks:  # Lightning would train on what there is, with half the data and no error
         raise RunError(f"the run is for {ranks} devices but {present} processes were started: start it with zoo train")
+    check_devices(config.trainer)
     source = open_source(config)
     fresh = config.init and not (folder / "checkpoint" / "last.ckpt").is_file()  # what is resumed needs no start
     module = build_module(config.trained_recipe, config.seed, config.init if fresh else None)
@@ -105,6 +107,7 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
     tracker = open_tracker(config.tracking, told, say) if main else Tracker()
     try:
         train(folder, config, module, source, manifest, progress if main else None, steps, tracker)
+        module = gathered(module, lambda: build_module(config.trained_recipe, config.seed))
         if torch.distributed.is_initialized():  # one process evaluates; metrics must not wait for the others
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
@@ -158,8 +161,7 @@ def train(
         cached = open_features(config, module, source, drawn, state, progress)
     flops, told = sample_flops(config, cached)
     manifest.update(flops=told, features=None if cached is None else cached.to_plain())
-    if config.trainer.compile:
-        module.model.compile()
+    module.spread(config.seed, config.trainer)
     ranks = config.trainer.devices * config.trainer.nodes
     for index in range(done, steps.stages):
         count = steps.steps[index] if steps.steps else None
@@ -187,7 +189,7 @@ def train(
         keeper = Keeper(path, config.trainer.checkpoint_every, config.seed, index)
         callbacks: list[Callback] = [meter, curve, keeper]
         if config.trainer.ema:
-            callbacks.insert(0, EMAWeightAveraging(decay=config.trainer.ema, use_buffers=False))
+            callbacks.insert(0, WeightAverage(config.trainer.ema))
         trainer = make_trainer(config, folder, count, callbacks)
         batches = loader(
             source,

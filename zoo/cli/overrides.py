@@ -16,7 +16,7 @@ from zoo.registry import parse, refuse_code
 from zoo.run_config import EvaluationConfig, RunConfig, TrainerConfig
 from zoo.tracking import TrackingConfig
 
-FILE_GROUPS = ("scale", "trainer", "budget", "tracking", "experiment", "tune", "match")
+FILE_GROUPS = ("scale", "trainer", "strategy", "budget", "tracking", "experiment", "tune", "match")
 """Groups whose options are YAML files of the conf folders."""
 
 PLAIN = ("seed", "out", "batch_size", "lr_factor", "evaluation", "init")

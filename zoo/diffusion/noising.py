@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zoo.diffusion.times import LEVELS
+from zoo.draws import rand, randn
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -167,7 +168,12 @@ EVALUATED = 0
 
 
 def times_and_noise(
-    process: Process, clean: Tensor, batch: Mapping[str, Tensor], training: bool, limit: Tensor | None = None
+    process: Process,
+    clean: Tensor,
+    batch: Mapping[str, Tensor],
+    training: bool,
+    limit: Tensor | None = None,
+    blank: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A time [N] and noise [N, C, h, w] for each of the clean latents [N, C, h, w].
 
@@ -176,15 +182,21 @@ def times_and_noise(
 
     Args:
         limit: [N] in (0, 1], the largest share of the noise levels that an image may get; None = all of them.
+        blank: The latents are those of the one blank image that a batch without images runs: it has no part in the
+            draws that ranks share (``zoo.draws``).
     """
     noise, time = batch.get("image_noise"), batch.get("image_time")
-    if noise is not None and time is not None and len(time):  # a batch without images draws for its blank one
+    if noise is not None and time is not None and len(time):
         return time, noise
     count, device = len(clean), clean.device
-    generator = None if training else torch.Generator().manual_seed(EVALUATED)
-    where = device if training else torch.device("cpu")
-    if device.type == "meta":
-        generator, where = None, device
-    uniform = torch.rand(count, generator=generator, device=where).to(device)
-    noise = torch.randn(clean.shape, generator=generator, device=where).to(clean)
+    if training or device.type == "meta":
+        if noise is None or time is None:  # all ranks of a step come here, or none
+            rows = 0 if blank else count
+            uniform, noise = rand((rows,), device), randn((rows, *clean.shape[1:]), device).to(clean)
+        if blank:
+            uniform, noise = clean.new_full((count,), 0.5, dtype=torch.float32), torch.zeros_like(clean)
+    else:
+        generator = torch.Generator().manual_seed(EVALUATED)
+        uniform = torch.rand(count, generator=generator).to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
     return process.times(uniform, torch.ones_like(uniform) if limit is None else limit), noise

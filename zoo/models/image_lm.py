@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.decoders.base import Decoder, DecoderConfig
+from zoo.draws import rand
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, TokenBatch, lay_out
 from zoo.models.base import Model, evaluating
@@ -155,7 +156,7 @@ class ImageLM(Model):
             )
         draw = batch.get("drop_draw")
         if draw is None and self.training and self.config.drop and not codes.is_meta:
-            draw = torch.rand(len(codes), device=codes.device)
+            draw = rand((len(codes),), codes.device)
         none = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
         prefix, real = self.condition(batch, none if draw is None else draw < self.config.drop)
         hidden = self.hidden(prefix, codes[:, :-1], real)

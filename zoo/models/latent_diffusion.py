@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.data.conditions import CaptionedProcessor
 from zoo.denoisers.base import Denoiser, DenoiserConfig
 from zoo.diffusion.noising import DDPM, Process, times_and_noise
+from zoo.draws import rand
 from zoo.encoders.base import Encoder, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.models.base import Model
@@ -135,12 +136,13 @@ class Denoises(DrawsByDenoising, Model):
         """Make latents noisy by ``process`` from now on, and draw them by its ways back."""
         self.process = process
 
-    def diffuse(self, batch: Mapping[str, Tensor], condition: Features) -> dict[str, Tensor]:
+    def diffuse(self, batch: Mapping[str, Tensor], condition: Features, blank: bool = False) -> dict[str, Tensor]:
         """Make the latents of a batch's images noisy and predict, with a condition of one row an image.
 
         Args:
             batch: ``pixel_values`` [N, 3, H, W] or ``image_latents``; ``valid`` [N] bool leaves images out of the loss;
                 ``image_time`` and ``image_noise`` as of ``zoo.diffusion.noising.times_and_noise``.
+            blank: It is the one blank image of a batch that shows none.
 
         Returns:
             ``prediction`` and ``denoising_target`` [N, C, h, w], ``noised`` [N] bool and ``level`` [N].
@@ -148,14 +150,16 @@ class Denoises(DrawsByDenoising, Model):
         Raises:
             ConfigError: Latents of another grid or number of channels.
         """
-        clean = self.tokenize_images(batch)
         expected = (self.image_tokenizer.channels, *self.image_config.grid)
+        if blank and self.draws_latents and self.training:  # ranks draw together
+            self.image_tokenizer.drawn(batch["pixel_values"].new_zeros(0, 2 * expected[0], *expected[1:]), sample=True)
+        clean = batch["pixel_values"].new_zeros(1, *expected) if blank else self.tokenize_images(batch)
         if tuple(clean.shape[1:]) != expected:
             raise ConfigError(
                 f"image latents have shape {tuple(clean.shape[1:])}, expected {expected}: store them with the image"
                 " tokenizer of this recipe"
             )
-        time, noise = times_and_noise(self.process, clean, batch, self.training)
+        time, noise = times_and_noise(self.process, clean, batch, self.training, blank=blank)
         level = self.process.level(time)
         noisy = self.process.corrupt(clean, noise, time)
         prediction = self.denoiser(
@@ -232,7 +236,7 @@ class LatentDiffusion(OwnsTokenizer, Denoises):
         given = batch["condition" if "condition" in batch else "input_ids"]
         draw = batch.get("drop_draw")
         if draw is None and self.training and self.config.drop and not given.is_meta:
-            draw = torch.rand(len(given), device=given.device)
+            draw = rand((len(given),), given.device)
         return self.diffuse(batch, self.condition(batch, None if draw is None else draw < self.config.drop))
 
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor | None = None) -> Features:

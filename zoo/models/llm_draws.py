@@ -19,6 +19,7 @@ from zoo.data.drawn import VOKEN_TARGETS, check_answers
 from zoo.decoders.base import DecoderConfig
 from zoo.decoders.extended import ExtendedDecoder, extended
 from zoo.denoisers.base import DenoiserConfig
+from zoo.draws import rand
 from zoo.encoders.base import Encoder, ImageEncoderConfig, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment
@@ -226,7 +227,7 @@ class LLMDraws(WritesAndDraws, Bridge, Denoises):
         """
         none = not len(batch["drawn_values"])
         drawn = self._one_blank(batch) if none else dict(batch)  # weight zero: it keeps the parts in the graph
-        dropped = self._dropped(drawn)
+        dropped = self._dropped(drawn, none)
         joint: dict[str, dict[str, Tensor]] = {}
 
         def of(name: str, make: Any) -> dict[str, Tensor]:
@@ -253,7 +254,7 @@ class LLMDraws(WritesAndDraws, Bridge, Denoises):
             images = {"pixel_values": drawn["drawn_values"]} | {
                 name: drawn[name] for name in ("image_time", "image_noise") if name in drawn
             }
-            return self.diffuse(images, self._training_condition(out, drawn, dropped))
+            return self.diffuse(images, self._training_condition(out, drawn, dropped), none)
 
         def whole(out: LazyOutputs) -> Tensor:
             """The connector's output before it is cut where the batch draws nothing."""
@@ -284,12 +285,13 @@ class LLMDraws(WritesAndDraws, Bridge, Denoises):
             "has_caption": torch.ones_like(ids[:, 0], dtype=torch.bool),
         }
 
-    def _dropped(self, drawn: Mapping[str, Tensor]) -> Tensor | None:
+    def _dropped(self, drawn: Mapping[str, Tensor], blank: bool) -> Tensor | None:
         """Which images [M] see no condition; None where none does."""
         values = drawn["drawn_values"]
         draw = drawn.get("drop_draw")
         if draw is None and self.training and self.config.drop and not values.is_meta:
-            draw = torch.rand(len(values), device=values.device)
+            draw = rand((0 if blank else len(values),), values.device)
+            draw = draw.new_ones(1) if blank else draw
         return None if draw is None else draw < self.config.drop
 
     def _states(self, ids: Tensor, hidden: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.data.sequences import IGNORE, TASKS, layout_of, next_targets, style
 from zoo.decoders.base import Decoder, DecoderConfig
+from zoo.draws import rand
 from zoo.errors import ConfigError
 from zoo.layout import Layout, TokenBatch
 from zoo.models.base import Model
@@ -186,13 +187,14 @@ class Unified(DrawsImages, UnifiedRows, WritesUnified, Model):
         """Ids and labels with the images' codes in their places, hidden ones as the mask."""
         codes = self._codes(batch)
         _check_slots(slots, codes.shape[0], self.places)
+        masks = self._draw(batch, codes) if self.style.images == "masked" else None  # also of no image: ranks draw together
         if not len(codes):
             return ids, labels
         codes = codes + self.vocabulary.first_code  # [N, n]
         wanted = shown = codes
         drawn = batch["image_drawn"][:, None]  # [N, 1]
-        if self.style.images == "masked":
-            hidden = self._draw(batch, codes) & drawn
+        if masks is not None:
+            hidden = masks & drawn
             shown = torch.where(hidden, self.vocabulary.mask_id, codes)
             drawn = hidden
         wanted = torch.where(drawn, codes, IGNORE)
@@ -202,10 +204,12 @@ class Unified(DrawsImages, UnifiedRows, WritesUnified, Model):
         """Which codes [N, n] are hidden."""
         ratio, order = batch.get("mask_ratio"), batch.get("mask_order")
         if ratio is None or order is None:
-            generator = None if self.training else torch.Generator().manual_seed(0)
-            device = codes.device if self.training else torch.device("cpu")
-            ratio = torch.rand(len(codes), generator=generator, device=device).to(codes.device)
-            order = torch.rand(codes.shape, generator=generator, device=device).to(codes.device)
+            if self.training:
+                ratio, order = rand((len(codes),), codes.device), rand(codes.shape, codes.device)
+            else:
+                generator = torch.Generator().manual_seed(0)
+                ratio = torch.rand(len(codes), generator=generator).to(codes.device)
+                order = torch.rand(codes.shape, generator=generator).to(codes.device)
         return draw_masks(ratio, order, self.config.schedule, self.config.least_masked)
 
     def _codes(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -205,7 +205,7 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
         given = batch["image_given"]
         if not count:  # a blank image of weight zero keeps the codec in the graph, or DDP would hang
             clean, given = clean.new_zeros(1, *clean.shape[1:]), given.new_zeros(1)
-        noisy, level, target = self._noised(batch, clean, given)
+        noisy, level, target = self._noised(batch, clean, given, blank=not count)
         tokens, skips = self.patch_codec.encode(noisy, level)  # [N, n, D]
         layout = layout_of(batch["segment"], self.style, slots=slots, padding="right")
         if not count:
@@ -239,6 +239,8 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
         grid, channels = self.image_config.grid, self.image_tokenizer.channels
         pixels = batch.get("pixel_values")
         if pixels is not None and not len(pixels) and "image_latents" not in batch:
+            if self.draws_latents and self.training:  # ranks draw together
+                self.image_tokenizer.drawn(pixels.new_zeros(0, 2 * channels, *grid), sample=True)
             return pixels.new_zeros(0, channels, *grid)
         latents = self.tokenize_images(batch)
         if tuple(latents.shape[1:]) != (channels, *grid):
@@ -248,11 +250,13 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
             )
         return latents
 
-    def _noised(self, batch: Mapping[str, Tensor], clean: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _noised(
+        self, batch: Mapping[str, Tensor], clean: Tensor, given: Tensor, blank: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy latents, their levels [N], and what is to be predicted of them."""
         first = batch["image_first"] if len(batch["image_first"]) == len(clean) else given
         limit = torch.where(first, self.noise_limit, 1.0)
-        time, noise = times_and_noise(self.process, clean, batch, self.training, limit)
+        time, noise = times_and_noise(self.process, clean, batch, self.training, limit, blank)
         noisy = self.process.corrupt(clean, noise, time)
         level = self.process.level(time)
         kept = given[:, None, None, None]

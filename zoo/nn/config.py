@@ -50,7 +50,6 @@ class TrunkConfig:
         dropout: on the output of every branch.
         attention_dropout: on attention weights.
         drop_path: probability of dropping a branch for a sample, rising linearly from 0 to this over the layers.
-        checkpoint: recompute layers in the backward pass.
         blocks: one string per layer out of s (self-attention), c (cross-attention), f (FFN); ``sf`` by default.
         context_width: width of the context that cross-attention reads; ``width`` by default.
         context_norm: a norm on the context, per layer (CoCa).
@@ -91,7 +90,6 @@ class TrunkConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.0
-    checkpoint: bool = False
     blocks: tuple[str, ...] | None = None
     context_width: int | None = None
     context_norm: bool = False

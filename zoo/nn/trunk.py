@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import ConfigError
 from zoo.layout import Layout
@@ -95,12 +94,10 @@ class Trunk(nn.Module):
             reading.context_mask = _context_mask(context_mask, cache, x.dtype)
         chosen = range(c.depth)[layers] if layers is not None else range(c.depth)
         routes = {table: route_of(layout, rows, table) for table in {c.tables[i] for i in chosen} | set(c.tables[-1:])}
-        recompute = c.checkpoint and self.training and torch.is_grad_enabled() and cache is None
         seen: list[Tensor] = []
         for i in chosen:
             bias = self._relative(i, relative_index, x.dtype)
-            call = (x, reading, routes[c.tables[i]], bias)
-            x = checkpoint(self.layers[i], *call, use_reentrant=False) if recompute else self.layers[i](*call)
+            x = self.layers[i](x, reading, routes[c.tables[i]], bias)
             if taps:
                 seen.append(x)
         if final_norm and self.final_norm is not None:

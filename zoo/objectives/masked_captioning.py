@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zoo.draws import rand
 from zoo.objectives.base import Objective, full_precision
 from zoo.objectives.masked_data import _places
 from zoo.objectives.masked_lm import IGNORE, mask_words
+from zoo.objectives.momentum import gathered
 from zoo.recipe import ObjectiveConfig
 
 
@@ -81,7 +83,7 @@ class MaskedCaptioning(Objective):
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         length = real.sum(1)
         count = torch.minimum((length * self.config.rate + 0.5).long(), length - 1).clamp(min=1)
-        order = torch.rand(ids.shape, device=ids.device).masked_fill(~real, 2.0)
+        order = rand(ids.shape, ids.device).masked_fill(~real, 2.0)
         order[:, 0] = 2.0
         chosen = order.argsort(1).argsort(1) < count[:, None]
         return mask_words(
@@ -108,7 +110,8 @@ def smoothed_divergence(logits: Tensor, targets: Tensor, smoothing: float, drop:
         values = entropy - (1 - smoothing - rest) * true - rest * log.sum(-1)  # [M]
         if drop:
             values = values.topk(int(len(values) * (1 - drop)), largest=False).values
-        return values.sum() / max(1, len(values))
+        count = gathered(torch.tensor([len(values)], device=values.device)).float().mean()  # a word weighs alike on all ranks
+        return values.sum() / count.clamp(min=1)
 
 
 def _plogp(p: float) -> float:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.objectives.base import Objective, full_precision
+from zoo.draws import rows as rows_of
 from zoo.objectives.masked_lm import IGNORE, mask_words
 from zoo.recipe import ObjectiveConfig
 
@@ -150,8 +151,10 @@ class MaskedData(Objective):
         device = batch["pixel_values"].device
         count = max(1, round(c.share * size))
         drawn: dict[str, Masked] = {}
+        # every third sample, say: with several processes the same samples as in one
+        stride = self.parts if self.parts * count <= size else 1
         for number, name in enumerate(c.streams):
-            rows = (number * count + torch.arange(count, device=device)) % size
+            rows = (number + stride * torch.arange(count, device=device)) % size
             hidden = ids = labels = None
             if name != "text":
                 rate = c.image_rate if name == "image" else c.pair_image_rate
@@ -212,11 +215,14 @@ def block_masks(batch: int, grid: tuple[int, int], count: int, *, smallest: int 
     smallest = min(smallest, max(2, count // 4))
     rows = [(1 << n) - 1 for n in range(width + 1)]  # n patches of a row, as bits
     masks: list[int] = []
-    for start in torch.rand(batch, 16, 4, dtype=torch.float64).tolist():
+    starts = rows_of(torch.rand, (batch, 16, 4), torch.device("cpu"), dtype=torch.float64)
+    for start in starts.tolist():
         draws, used, mask, left, failed = start, 0, 0, count, 0
+        own: torch.Generator | None = None
         while left:
             if used == len(draws):
-                draws, used = torch.rand(16, 4, dtype=torch.float64).tolist(), 0
+                own = own or torch.Generator().manual_seed(int(start[0][0] * 2**53))  # whatever shares the batch
+                draws, used = torch.rand(16, 4, dtype=torch.float64, generator=own).tolist(), 0
             u, used = draws[used], used + 1
             least = min(smallest, left)
             area, ratio = least + u[0] * (left - least), math.exp(low + span * u[1])

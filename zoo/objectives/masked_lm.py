@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.draws import rand, randint
 from zoo.objectives.base import Objective, full_precision
 from zoo.objectives.momentum import DistilledConfig, gathered
 from zoo.part import Features
@@ -50,10 +51,10 @@ def mask_words(
     Returns:
         The ids [B, L] to be read, and labels [B, L]: the true id where a word was chosen, -100 elsewhere.
     """
-    draw = torch.rand(2, *ids.shape, device=ids.device)
+    draw = rand((2, *ids.shape), ids.device, dim=1)
     chosen = (draw[0] < probability) & words
     masked = torch.where(chosen & (draw[1] >= KEEP + REPLACE), mask_id, ids)
-    other = torch.randint(vocab_size, ids.shape, device=ids.device)
+    other = randint(vocab_size, ids.shape, ids.device)
     masked = torch.where(chosen & (draw[1] < REPLACE), other, masked)
     return masked, torch.where(chosen, ids, IGNORE)
 

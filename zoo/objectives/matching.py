@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.draws import choose
 from zoo.errors import ConfigError
 from zoo.objectives.base import Objective, full_precision
 from zoo.objectives.contrastive import gather_rows, similarities
@@ -124,7 +125,7 @@ class Matching(Objective):
         for name, weights in (("negative_images", image_weights), ("negative_texts", text_weights)):
             given = batch.get(name)
             weights = torch.where(found[:, None], weights, 1.0)
-            drawn.append(torch.multinomial(weights, 1)[:, 0] if given is None else given)
+            drawn.append(choose(weights) if given is None else given)
         return drawn[0], drawn[1], found
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from zoo.errors import ConfigError
 from zoo.objectives.base import Objective, full_precision
@@ -101,7 +102,10 @@ class Momentum(nn.Module):
         copied."""
         self._last = None
         slow, fast = list(self.teacher.parameters()), parameters_of(model, model.momentum_parts())
-        torch._foreach_lerp_(slow, [p.detach() for p in fast], 1 - self.rate)
+        for divided in (False, True):  # under FSDP most are, and a scalar is not
+            pairs = [(s, f.detach()) for s, f in zip(slow, fast, strict=True) if isinstance(f, DTensor) == divided]
+            if pairs:
+                torch._foreach_lerp_([s for s, _ in pairs], [f for _, f in pairs], 1 - self.rate)
         sources = {n: getattr(model, n) for n in model.momentum_parts()}
         for name, part in sources.items():
             for mine, theirs in zip(getattr(self.teacher, name).buffers(), part.buffers(), strict=True):

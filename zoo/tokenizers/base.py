@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from zoo.draws import randn
 from zoo.errors import ConfigError
 from zoo.part import PartConfig
 
@@ -103,6 +104,8 @@ class LatentTokenizer(BaseTokenizer):
         mean, std = statistics.chunk(2, 1)
         if not sample:
             return mean
+        if generator is None:
+            return mean + std * randn(mean.shape, mean.device, mean.dtype)
         return mean + std * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
 
     def decode(self, latents: Tensor) -> Tensor:

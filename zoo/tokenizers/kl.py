@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zoo.draws import randn
 from zoo.errors import ConfigError
 from zoo.objectives.base import full_precision
 from zoo.tokenizers.base import LatentTokenizer, LatentTokenizerConfig
@@ -43,8 +44,9 @@ class Posterior:
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One draw, with the gradient of mean and variance; from the global stream without a generator."""
         like = self.mean
-        noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-        return like + self.std * noise
+        if generator is None:
+            return like + self.std * randn(like.shape, like.device, like.dtype)
+        return like + self.std * torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import draws
 from zoo.errors import ConfigError
 from zoo.objectives.base import full_precision
 from zoo.tokenizers.entropy import Entropies, softmax_entropies
@@ -138,11 +140,20 @@ class Quantizer(nn.Module):
         if self.restart:
             even = counts.sum() / len(counts)
             dead = self.usage < self.restart * even
-            again = z[torch.randint(len(z), (len(self.codebook),), device=z.device)]
-            if dist.is_available() and dist.is_initialized():
-                dist.broadcast(again, 0)
+            again = self._drawn(z, lambda n, g: torch.randint(n, (len(self.codebook),), device=z.device, generator=g))
             self.codebook.copy_(torch.where(dead[:, None], again, self.codebook))
             self.usage.copy_(torch.where(dead, even, self.usage))
+
+    def _drawn(self, z: Tensor, draw: Callable[[int, torch.Generator | None], Tensor]) -> Tensor:
+        """The vectors whose numbers ``draw`` gives, of those of all ranks: z [N, C] of the first, of the second, ..."""
+        first, count = draws.place(len(z), z.device)
+        number = draw(count, draws.stream(z.device)) - first
+        if count == len(z):
+            return z[number]
+        own = (number >= 0) & (number < len(z))
+        vectors = torch.where(own[:, None], z[number.clamp(0, len(z) - 1)], 0.0)
+        dist.all_reduce(vectors)
+        return vectors
 
     def _means(self, counts: Tensor, sums: Tensor) -> Tensor:
         return F.normalize(sums, dim=-1) if self.unit else sums / counts.clamp(min=1)[:, None]
@@ -159,14 +170,13 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _start(self, z: Tensor) -> None:
         """K-means of the first batch's vectors [N, C]; codes without vectors keep their random start."""
-        chosen = torch.randperm(len(z), device=z.device)[: len(self.codebook)]
+        codes = len(self.codebook)
+        chosen = self._drawn(z, lambda n, g: torch.randperm(n, device=z.device, generator=g)[:codes])
         drawn, start = self.codebook.clone(), self.codebook.clone()
-        start[: len(chosen)] = z[chosen]
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast(start, 0)
+        start[: len(chosen)] = chosen
         self.codebook.copy_(start)
         counts = torch.ones_like(self.usage)
-        self.usage.fill_(len(z) / len(self.codebook))  # nothing is dead yet
+        self.usage.fill_(len(z) / codes)  # nothing is dead yet
         for _ in range(self.rounds):
             counts, sums = self._assigned(z, self.nearest(z))
             self.codebook.copy_(torch.where(counts[:, None] > 0, self._means(counts, sums), self.codebook))

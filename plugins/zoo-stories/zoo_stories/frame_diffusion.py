@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.denoisers.base import DenoiserConfig
+from zoo.draws import rand
 from zoo.encoders.base import Encoder, ImageEncoderConfig, TextEncoderConfig
 from zoo.errors import ConfigError
 from zoo.models.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
@@ -111,7 +112,7 @@ class FrameDiffusion(LatentDiffusion):
             vectors, hidden = text.tokens.new_zeros(count, self.encoder.pooled_width), ~hidden
         draw = batch.get("no_image_draw")
         if draw is None and self.training and not text.tokens.is_meta:
-            draw = torch.rand(count, device=text.tokens.device)
+            draw = rand((count,), text.tokens.device)
         if draw is not None:
             hidden = hidden | (draw < self.config.image_drop)
         if dropped is not None:

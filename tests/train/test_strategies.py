@@ -1,0 +1,223 @@
+"""One device, several with copies (DDP), several with parts (FSDP2): the same losses; and what cannot run is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.train import spread
+from zoo import builtin
+from zoo.api import build_module
+from zoo.cli.jobs import check_offline
+from zoo.cli.overrides import run_config
+from zoo.compare.memory import predict
+from zoo.errors import ConfigError, RunError
+from zoo.recipe import resolve
+from zoo.run_config import TrainerConfig
+from zoo.strategies import assert_world_size, blocks, check_devices, checkpoint_blocks
+
+STILL = {"trunk": {"drop_path": 0.0}}  # stochastic depth is drawn by each rank for itself
+BOTH, ALL = {"2": ["ddp", "fsdp"]}, {"2": ["ddp", "fsdp"], "4": ["ddp", "fsdp"]}
+MODELS: list[dict[str, Any]] = [
+    {"recipe": "clip", "strategies": ALL, "batch_size": 8},
+    {"recipe": "llava", "strategies": ALL, "trainer": {"accumulate": 2, "ema": 0.5}, "batch_size": 8},
+    {"recipe": "transfusion", "strategies": ALL, "batch_size": 8},
+    {"recipe": "show-o"},
+    {"recipe": "show-o-clip-vit", "stages": [0]},
+    {"recipe": "blip2-flan-t5"},
+    {"recipe": "blip2-opt-staged"},
+    {"recipe": "blip2"},
+    {"recipe": "coca"},
+    {"recipe": "blip-nlvr"},
+    {"recipe": "vlmo", "values": STILL},
+    {"recipe": "vlmo-staged", "values": STILL, "batch_size": 6},
+    {"recipe": "beit3-in1k", "values": STILL},
+    {"recipe": "albef"},
+    {"recipe": "blip"},
+    {"recipe": "blip-vqa"},
+    {"recipe": "blip-caption"},
+    {"recipe": "llamagen-t2i"},
+    {"recipe": "llamagen-c2i"},
+    {"recipe": "latent-diffusion"},
+    {"recipe": "llm-draws"},
+    {"recipe": "kl-tokenizer"},
+]
+"""Every wiring of the zoo at least once."""
+
+
+def talk(folder: Path) -> dict[str, Any]:
+    """Dialogues of which every second shows no picture, and so a rank of two whose batch is text alone."""
+    rows: list[dict[str, Any]] = []
+    for number in range(16):
+        ask = "what is it?" if number % 3 else "<image>\nwhat is it?"
+        said = [{"from": "human", "value": ask}, {"from": "gpt", "value": f"it is number {number}"}]
+        rows.append({"id": str(number), "conversations": said})
+        if number % 3 == 0:
+            rows[-1]["image"] = f"{number}.png"
+            Image.new("RGB", (64, 64), (10 * number, 100, 200)).save(folder / f"{number}.png")
+    (folder / "talk.json").write_text(json.dumps(rows))
+    data = {"name": "llava-json", "file": str(folder / "talk.json"), "root": str(folder)}
+    values = {"wiring": {"template": "llava_v1"}}
+    return {"name": "text", "recipe": "llava", "data": data, "batch_size": 2, "values": values, "stages": [1], "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Any]:
+    """(model, processes, strategy) -> what rank 0 wrote. One process is started; all others are its forks."""
+    folder = tmp_path_factory.mktemp("spread")
+    specs = [{"name": m["recipe"], "batch_size": 4, "steps": 2, "strategies": BOTH, **m} for m in MODELS]
+    specs.append({"strategies": BOTH, **talk(folder)})
+    (folder / "models.json").write_text(json.dumps(specs))
+    root = Path(spread.__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    command = [sys.executable, spread.__file__, str(folder / "models.json"), str(folder / "out"), "1", "2", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1200)
+    found: dict[tuple[str, int, str], Any] = {}
+    for ranks in (1, 2, 4):
+        for line in (folder / f"out-{ranks}-0").read_text().splitlines():
+            row = json.loads(line)
+            found[row["name"], ranks, row["strategy"]] = row
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:] + str([r for r in found.values() if "error" in r])
+    return found
+
+
+CASES = [
+    (m["recipe"], int(ranks), strategy)
+    for m in [*MODELS, {"recipe": "text"}]
+    for ranks, strategies in m.get("strategies", BOTH).items()
+    for strategy in strategies
+]
+
+
+@pytest.mark.parametrize(("name", "ranks", "strategy"), CASES)
+def test_several_processes_train_to_the_losses_of_one(
+    name: str, ranks: int, strategy: str, losses: dict[tuple[str, int, str], Any]
+) -> None:
+    one, several = losses[name, 1, "single"], losses[name, ranks, strategy]
+    assert [len(stage) for stage in several["losses"]] == [len(stage) for stage in one["losses"]]
+    for expected, found in zip(one["losses"], several["losses"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert len({round(loss, 4) for loss in expected}) > 1  # it learned something, or saw other samples
+    assert several["weights"].keys() == one["weights"].keys()
+    # weights whose gradient is rounding alone (biases of keys) go where AdamW's first steps throw them
+    far = [n for n, w in one["weights"].items() if several["weights"][n] != pytest.approx(w, rel=1e-2, abs=1e-4)]
+    assert len(far) <= len(one["weights"]) / 10, far
+
+
+def test_every_wiring_of_the_zoo_is_among_them() -> None:
+    wirings = {c.name for c in builtin.PLUGIN.components if c.kind == "wiring"}
+    tried = {resolve(m["recipe"], scale="micro").wiring[0] for m in MODELS}
+    assert wirings == tried
+
+
+# -- activations -----------------------------------------------------------------------------------------------------
+
+
+def step(name: str, checkpointing: str) -> tuple[Tensor, dict[str, Tensor], float]:
+    """Loss, gradients, and the predicted memory of activations."""
+    module = build_module(resolve(name, scale="micro"), 0)
+    module.spread(0, TrainerConfig(checkpointing=checkpointing))
+    module.set_stage(len(module.recipe.stages) - 1)
+    module.train()
+    torch.manual_seed(0)
+    batch = {k: v.normal_() if v.is_floating_point() else v for k, v in module.model.example_batch(2).items()}
+    torch.manual_seed(1)
+    loss, _ = module.losses(batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    with torch.device("meta"):
+        planned = build_module(module.recipe, 0)
+    planned.spread(0, TrainerConfig(checkpointing=checkpointing))
+    planned.set_stage(module.stage)
+    memory = predict(planned, 8).activations
+    return loss.detach(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}, memory
+
+
+@pytest.mark.parametrize("name", ["clip", "llava", "blip2-flan-t5", "latent-diffusion", "vlmo"])
+def test_blocks_computed_again_give_equal_gradients_in_less_memory(name: str) -> None:
+    loss, gradients, memory = step(name, "none")
+    again, same, less = step(name, "blocks")
+    assert torch.equal(loss, again)
+    assert gradients.keys() == same.keys()
+    assert all(torch.equal(gradients[n], same[n]) for n in gradients)
+    assert any(float(g.abs().max()) > 1e-4 for g in gradients.values())
+    assert less < 0.9 * memory
+
+
+def test_blocks_are_layers_of_whatever_library() -> None:
+    for name, found in (("clip", 4), ("llava", 4), ("blip2-flan-t5", 8), ("vlmo", 2)):
+        module = build_module(resolve(name, scale="micro"), 0)
+        stacked = list(blocks(module.model))
+        assert len(stacked) == found, (name, [type(b).__name__ for b in stacked])
+        names = list(dict(module.model.named_parameters()))
+        assert checkpoint_blocks(module.model) == found
+        assert list(dict(module.model.named_parameters())) == names
+
+
+# -- what cannot run -------------------------------------------------------------------------------------------------
+
+SMALL = ["model=clip", "scale=micro", "trainer.accelerator=cpu", "evaluation.tasks={}", "budget.value=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.strategy=fdsp"], r"strategy = 'fdsp'.*fsdp"),
+        (["strategy=fdsp"], r"unknown strategy 'fdsp'.*fsdp"),
+        (["strategy=fsdp"], "strategy = fsdp needs several devices"),
+        (["strategy=single", "trainer.devices=2"], "strategy = single is one device, not 2"),
+        (["strategy=fsdp", "trainer.devices=2", "trainer.precision=fp16"], "fp16: choose bf16"),
+        (["trainer.devices=3", "batch_size=8"], "batch_size = 8 must be a positive multiple of devices"),
+        (["trainer.checkpointing=all"], "checkpointing = 'all'"),
+    ],
+)
+def test_a_strategy_that_cannot_be_is_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        run_config([*SMALL, *overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_groups_choose_the_strategy() -> None:
+    assert run_config(SMALL).trainer.resolved_strategy == "single"
+    two = run_config([*SMALL, "trainer.devices=2", "batch_size=8"])
+    parted = run_config([*SMALL, "trainer.devices=2", "batch_size=8", "strategy=fsdp"])
+    assert (two.trainer.resolved_strategy, parted.trainer.resolved_strategy) == ("ddp", "fsdp")
+    assert two.hash() == parted.hash()  # how a run is executed does not make it another one
+
+
+def test_devices_that_do_not_exist_are_refused_before_anything_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = run_config([*SMALL, "trainer.accelerator=cuda", "trainer.devices=8", "batch_size=8"])
+    with pytest.raises(ConfigError, match="this machine has no CUDA devices"):
+        check_offline(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"this machine has 2 CUDA devices: set trainer.devices=2"):
+        check_devices(TrainerConfig(devices=4))
+    check_devices(TrainerConfig(devices=2))
+    check_devices(TrainerConfig(devices=64, accelerator="cpu"))
+
+
+def test_an_objective_with_its_own_optimizer_is_not_sharded() -> None:
+    config = run_config(
+        ["model=kl-tokenizer-gan", "scale=micro", "strategy=fsdp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    )
+    with pytest.raises(ConfigError, match=r"objective 'adversarial' has an optimizer of its own.*ddp"):
+        check_offline(config)
+
+
+def test_a_trainer_that_believes_in_more_processes_than_there_are_is_stopped() -> None:
+    class Believes:
+        world_size = 2
+
+    with pytest.raises(RunError, match="for 2 devices, the Trainer has 2 and 1 processes take part"):
+        assert_world_size(Believes(), 2)
