@@ -38,8 +38,11 @@ _STREAM: ContextVar[Stream | None] = ContextVar("zoo_draws", default=None)
 
 @contextmanager
 def shared(seed: int) -> Iterator[None]:
-    """Let the draws of the block be those of the whole batch, where several processes train; ``seed`` is that with which
-    one process would seed the global stream."""
+    """Let the draws of the block be those of the whole batch, where several processes train.
+
+    Args:
+        seed: That with which one process would seed the global stream.
+    """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     token = _STREAM.set(Stream(seed) if several else None)
     try:
@@ -65,7 +68,9 @@ def stream(device: torch.device) -> torch.Generator | None:
     return None if current is None else current.on(device)
 
 
-def rows(make: Callable[..., Tensor], shape: Sequence[int], device: torch.device, *, dim: int = 0, **how: Any) -> Tensor:
+def rows(
+    make: Callable[..., Tensor], shape: Sequence[int], device: torch.device, *, dim: int = 0, **how: Any
+) -> Tensor:
     """``make(shape, device=..., generator=..., **how)`` for the rows of this rank, out of the draw for all ranks.
 
     Args:
@@ -101,8 +106,10 @@ def randint(high: int, shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 def choose(weights: Tensor) -> Tensor:
-    """A column [N] for each row of ``weights`` [N, M], with probability proportional to it: ``torch.multinomial`` of one,
-    which is argmax(w / E) of exponential E."""
+    """A column [N] for each row of ``weights`` [N, M], with probability proportional to it.
+
+    That is ``torch.multinomial`` of one: argmax(w / E) of exponential E.
+    """
     generator = stream(weights.device)
     if generator is None:
         return torch.multinomial(weights, 1)[:, 0]

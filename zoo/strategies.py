@@ -6,8 +6,8 @@ are units of FSDP, which parameters stay whole, and how gradients of both are cl
 A *block* is a member of a stack of equal modules: a layer of the trunk, of a language model, of a vision transformer, a
 residual block of a U-Net. Blocks are what FSDP gathers one at a time, and what ``trainer.checkpointing`` computes again
 in the backward pass. That is sound because nobody reads a block's parameters but its own ``forward``, which every rank
-calls at every step; of what stands beside the blocks (embeddings, heads, norms) neither is known, so that it is gathered
-when a step begins and let go of when its backward pass is over.
+calls at every step; of what stands beside the blocks (embeddings, heads, norms) neither is known, so that it is
+gathered when a step begins and let go of when its backward pass is over.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.connectors.base import Connector
 from zoo.errors import ConfigError, RunError
-from zoo.output_connectors.base import OutputConnector
 from zoo.quantized import is_quantized
 from zoo.tokenizers.base import BaseTokenizer
 
@@ -66,7 +65,7 @@ def check_shardable(trainer: TrainerConfig, recipe: Recipe) -> None:
     """Refuse what FSDP cannot train.
 
     Raises:
-        ConfigError: An objective learns by an optimizer of its own, from the model's parameters in the middle of a step.
+        ConfigError: An objective has an optimizer of its own, which learns in the middle of a step.
     """
     if trainer.resolved_strategy != "fsdp":
         return
@@ -171,10 +170,10 @@ def compile_model(model: nn.Module, strategy: str) -> None:
 def shard(module: ZooModule, mesh: DeviceMesh, precision: str) -> None:
     """Divide the parameters of a module among the ranks of ``mesh``, in place (``torch.distributed.fsdp.fully_shard``).
 
-    Units are the blocks, frozen or trained, then every connector, and what is left. Blocks compute in bf16 under
-    ``precision`` bf16, where gradients are still summed in fp32; what stands beside them is gathered in fp32, since
-    objectives read temperatures and the like as they are. ``whole_parameters`` stay whole on every rank;
-    ``reduce_whole`` averages their gradients.
+    Units are the blocks, frozen or trained, then every connector that is called by ``forward`` alone, and what is left.
+    Blocks are gathered in bf16 under ``precision`` bf16, where gradients are still summed in fp32; what stands beside
+    them is gathered in fp32, since objectives read temperatures and the like as they are. ``whole_parameters`` stay
+    whole on every rank; ``reduce_whole`` averages their gradients.
 
     ``module.losses`` becomes what FSDP takes for the forward pass.
     """
@@ -196,10 +195,10 @@ def shard(module: ZooModule, mesh: DeviceMesh, precision: str) -> None:
 
     copies = [] if module.momentum is None else [module.momentum]
     stacked = [block for root in (module.model, *copies) for block in blocks(root)]
-    connectors = [part for part in module.model.modules() if isinstance(part, Connector | OutputConnector)]
+    connectors = [part for part in module.model.modules() if isinstance(part, Connector) and part.forward_only]
     units = [unit for unit in (*stacked, *connectors) if alone(unit) and any(p not in whole for p in unit.parameters())]
     for unit in dict.fromkeys(units):
-        if isinstance(unit, Connector | OutputConnector):
+        if isinstance(unit, Connector):
             fully_shard(unit, mesh=mesh, ignored_params=whole, reshard_after_forward=False)
             continue
         block: Any = fully_shard(unit, mesh=mesh, mp_policy=reduced, ignored_params=whole)

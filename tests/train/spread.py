@@ -1,8 +1,9 @@
-"""``python spread.py SPECIFICATION OUT 1 2 4`` trains tiny models in one, two and four processes and writes their losses.
+"""``python spread.py SPECIFICATION OUT 1 2 4`` trains tiny models in one, two and four processes, and writes losses.
 
 All models of a number of processes go through one set of processes, and all sets are forks of one that has imported
 torch and the zoo: starting costs more than training them.
-SPECIFICATION is JSON: a list of {name, recipe, data, batch_size, steps, strategies: {processes: [...]}, values, choices, trainer, stages}.
+SPECIFICATION is JSON: a list of {name, recipe, data, batch_size, steps, strategies: {processes: [...]}, values,
+choices, trainer, stages, lr}.
 OUT-RANKS-RANK gets a line of JSON for each: {name, strategy, seconds, losses: [[loss of a step] of a stage], weights:
 {name: sum of squares}}, or {..., error}.
 """
@@ -64,7 +65,7 @@ class Prepared:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.spec = spec
-        values = {**spec.get("values", {}), "optimizer": {"lr": LEARNING_RATE, "warmup": 0.0}}
+        values = {**spec.get("values", {}), "optimizer": {"lr": spec.get("lr", LEARNING_RATE), "warmup": 0.0}}
         self.recipe = resolve(spec["recipe"], scale="micro", values=values, choices=spec.get("choices"))
         self.data = spec.get("data", {"name": "openmoji"})
         self.source = open_source(self.config("single", 1))

@@ -1,4 +1,4 @@
-"""One device, several with copies (DDP), several with parts (FSDP2): the same losses; and what cannot run is refused."""
+"""One device, several with copies (DDP), several with parts (FSDP2): the same losses; and what cannot be is refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,15 @@ def talk(folder: Path) -> dict[str, Any]:
     (folder / "talk.json").write_text(json.dumps(rows))
     data = {"name": "llava-json", "file": str(folder / "talk.json"), "root": str(folder)}
     values = {"wiring": {"template": "llava_v1"}}
-    return {"name": "text", "recipe": "llava", "data": data, "batch_size": 2, "values": values, "stages": [1], "steps": 4}
+    return {
+        "name": "text",
+        "recipe": "llava",
+        "data": data,
+        "batch_size": 2,
+        "values": values,
+        "stages": [1],
+        "steps": 4,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +94,9 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str
         for line in (folder / f"out-{ranks}-0").read_text().splitlines():
             row = json.loads(line)
             found[row["name"], ranks, row["strategy"]] = row
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:] + str([r for r in found.values() if "error" in r])
+    assert done.returncode == 0, (
+        done.stdout[-2000:] + done.stderr[-4000:] + str([r for r in found.values() if "error" in r])
+    )
     return found
 
 

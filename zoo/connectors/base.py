@@ -20,11 +20,13 @@ class Connector(nn.Module):
         needs_cls: False when a class token among the input would disturb it (it works on the grid).
         reads_text: It reads the instruction beside the image: ``embed_text(ids, mask)`` makes the ``text`` of
             ``forward`` from ids of the connector's own vocabulary.
+        forward_only: Nothing but ``forward`` reads its parameters, so that FSDP may gather them when it is called.
     """
 
     width: int
     tokens: int
     reads_text: bool = False
+    forward_only: bool = True
 
     def embed_text(self, ids: Tensor, mask: Tensor | None = None) -> Features:
         """Ids [B, T] of an instruction, mask [B, T] bool (True = real) -> its tokens, the ``text`` of ``forward``."""

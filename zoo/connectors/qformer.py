@@ -120,6 +120,8 @@ class QFormerConfig(ConnectorConfig):
 class QFormer(Connector):
     """``query_tokens``, ``ln_vision``, the embedding norm ``norm``, ``trunk``, ``text`` (if asked for) and ``proj``."""
 
+    forward_only = False  # texts pass through it on their own
+
     def __init__(self, config: QFormerConfig, in_width: int, out_width: int) -> None:
         super().__init__()
         self.config = config

@@ -187,7 +187,9 @@ class Unified(DrawsImages, UnifiedRows, WritesUnified, Model):
         """Ids and labels with the images' codes in their places, hidden ones as the mask."""
         codes = self._codes(batch)
         _check_slots(slots, codes.shape[0], self.places)
-        masks = self._draw(batch, codes) if self.style.images == "masked" else None  # also of no image: ranks draw together
+        masks = (
+            self._draw(batch, codes) if self.style.images == "masked" else None
+        )  # also of no image: ranks draw together
         if not len(codes):
             return ids, labels
         codes = codes + self.vocabulary.first_code  # [N, n]

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import near
-from zoo.objectives.base import Objective, full_precision
+from zoo.objectives.base import Objective, full_precision, over_ranks
 from zoo.recipe import ObjectiveConfig
 
 FORMS = ("mse", "euclidean", "cosine")
@@ -63,13 +62,8 @@ class Alignment(Objective):
         given = outputs["has_target"]
         with full_precision(outputs["aligned"]):
             each = distances(outputs["aligned"], outputs["alignment_target"].detach(), self.form)  # [N]
-            count = given.sum()
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(count, op=dist.ReduceOp.SUM)
-                share = count / dist.get_world_size()
-            else:
-                share = count.float()
-            loss = torch.where(given, each, 0.0).sum() / share.clamp(min=1)
+            _, share = over_ranks(given.sum())
+            loss = torch.where(given, each, 0.0).sum() / share
         return loss, {"distance": loss.detach()}
 
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -18,6 +19,26 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
     precision.
     """
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # "meta" has no autocast
+
+
+def over_ranks(count: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of something all ranks have, and what a rank divides its own sum by for a mean over all of them.
+
+    Distributed wrappers average what the ranks compute, so that the second is the first, or 1 where that is 0, over the
+    number of ranks: less than 1 where few ranks have any.
+
+    Args:
+        count: Of this rank, any shape; all ranks must ask.
+
+    Returns:
+        The total, of the dtype of ``count``, and the divisor, float32.
+    """
+    total = count.clone()
+    ranks = 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+        ranks = dist.get_world_size()
+    return total, total.float().clamp(min=1) / ranks
 
 
 class Objective(nn.Module):

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from zoo.diffusion.noising import DDPM, Flow, Process
 from zoo.errors import ConfigError
-from zoo.objectives.base import Objective, full_precision
+from zoo.objectives.base import Objective, full_precision, over_ranks
 from zoo.objectives.momentum import Momentum
 from zoo.recipe import ObjectiveConfig
 
@@ -135,13 +134,8 @@ class Denoising(Objective):
             error = image_errors(prediction, outputs["denoising_target"])  # [N]
             if self.config.snr_limit:
                 error = error * self._weights(outputs["level"])
-            count = noised.sum()
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(count, op=dist.ReduceOp.SUM)
-                share = count / dist.get_world_size()
-            else:
-                share = count.float()
-            loss = torch.where(noised, error, 0.0).sum() / share.clamp(min=1)
+            count, share = over_ranks(noised.sum())
+            loss = torch.where(noised, error, 0.0).sum() / share
         return loss, {"error": loss.detach(), "noised": count}
 
     def _weights(self, level: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.objectives.base import Objective, full_precision
+from zoo.objectives.base import Objective, full_precision, over_ranks
 from zoo.recipe import ObjectiveConfig
 
 KINDS = ("one", "any")
@@ -62,7 +62,7 @@ class Labels(Objective):
                 loss = F.binary_cross_entropy_with_logits(logits, targets) * logits.shape[1]
             else:
                 each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.config.label_smoothing)
-                loss = (each * has).sum() / has.sum().clamp(min=1)
+                loss = (each * has).sum() / over_ranks(has.sum())[1]
         with torch.no_grad():
             best = targets.gather(1, logits.argmax(1, keepdim=True))[:, 0]
             accuracy = (best * has).sum() / has.sum().clamp(min=1)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from zoo.draws import rand
-from zoo.objectives.base import Objective, full_precision
+from zoo.objectives.base import Objective, full_precision, over_ranks
 from zoo.objectives.masked_data import _places
 from zoo.objectives.masked_lm import IGNORE, mask_words
-from zoo.objectives.momentum import gathered
 from zoo.recipe import ObjectiveConfig
 
 
@@ -110,8 +109,8 @@ def smoothed_divergence(logits: Tensor, targets: Tensor, smoothing: float, drop:
         values = entropy - (1 - smoothing - rest) * true - rest * log.sum(-1)  # [M]
         if drop:
             values = values.topk(int(len(values) * (1 - drop)), largest=False).values
-        count = gathered(torch.tensor([len(values)], device=values.device)).float().mean()  # a word weighs alike on all ranks
-        return values.sum() / count.clamp(min=1)
+        _, count = over_ranks(torch.tensor(len(values), device=values.device))
+        return values.sum() / count
 
 
 def _plogp(p: float) -> float:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.objectives.base import Objective, full_precision
 from zoo.draws import rows as rows_of
+from zoo.objectives.base import Objective, full_precision, over_ranks
 from zoo.objectives.masked_lm import IGNORE, mask_words
 from zoo.recipe import ObjectiveConfig
 
@@ -186,12 +185,9 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     With several processes each divides by the mean number of targets a process, so that what DDP averages weighs every
     target alike. No targets give a zero that is connected to the graph.
     """
-    count = torch.tensor(float(len(targets)), device=logits.device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
+    _, count = over_ranks(torch.tensor(len(targets), device=logits.device))
     with full_precision(logits):
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count.clamp(min=1)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
     return loss, (logits.detach().argmax(-1) == targets).float()
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.objectives.base import Objective, full_precision
+from zoo.objectives.base import Objective, full_precision, over_ranks
 from zoo.recipe import ObjectiveConfig
 from zoo.sampling.masked import mask_ratio
 
@@ -82,15 +81,12 @@ class MaskedImageTokens(Objective):
         else:
             kept = targets != IGNORE  # [B, T]
             chosen, wanted = hidden[kept], targets[kept]  # [M, D], [M]
-        count = torch.tensor(float(len(wanted)), device=hidden.device)
-        total = count.clone()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-            count = total / dist.get_world_size()
+        total, count = over_ranks(torch.tensor(float(len(wanted)), device=hidden.device))
         logits = model.decoder.logits(chosen)  # [M, V]
         with full_precision(logits):
-            loss = F.cross_entropy(
-                logits.float(), wanted, reduction="sum", label_smoothing=self.config.label_smoothing
-            ) / count.clamp(min=1)
+            loss = (
+                F.cross_entropy(logits.float(), wanted, reduction="sum", label_smoothing=self.config.label_smoothing)
+                / count
+            )
         hits = (logits.detach().argmax(-1) == wanted).sum() / max(1, len(wanted))
         return loss, {"masked_image_token": loss.detach(), "codes": total, "accuracy": hits}

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.draws import rand, randint
-from zoo.objectives.base import Objective, full_precision
-from zoo.objectives.momentum import DistilledConfig, gathered
+from zoo.objectives.base import Objective, full_precision, over_ranks
+from zoo.objectives.momentum import DistilledConfig
 from zoo.part import Features
 
 IGNORE = -100
@@ -91,13 +91,12 @@ class MaskedLM(Objective):
             place = (labels != IGNORE).flatten().nonzero()[:, 0]  # [M]
         wanted = labels.flatten()[place]
         logits = model.word_logits(hidden.flatten(0, 1)[place])  # [M, V]
-        total = gathered(torch.tensor([len(place)], device=ids.device)).float()
-        count = total.mean().clamp(min=1)  # with several ranks each word of the whole batch weighs alike
+        total, count = over_ranks(torch.tensor(float(len(place)), device=ids.device))  # each word weighs alike
         with full_precision(logits):
             log = logits.float().log_softmax(-1)
             hard = F.nll_loss(log, wanted.clamp(min=0), reduction="sum") / count
         hits = (log.detach().argmax(-1) == wanted).sum() / max(1, len(place))
-        report = {"masked_lm": hard.detach(), "accuracy": hits, "words": total.sum()}
+        report = {"masked_lm": hard.detach(), "accuracy": hits, "words": total}
         if self.momentum_rate is None or self.momentum is None:
             return hard, report
         alpha = self.momentum.share(self.config)

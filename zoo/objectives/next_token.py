@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.data.sequences import TASKS
 from zoo.errors import ConfigError, near
-from zoo.objectives.base import Objective
+from zoo.objectives.base import Objective, over_ranks
 from zoo.recipe import ObjectiveConfig
 
 
@@ -93,12 +92,7 @@ class NextToken(Objective):
             chosen, wanted = hidden[kept], targets[kept]  # [M, D], [M]
         logits = getattr(model, self.part).logits(chosen).float()  # [M, V]
         sizes = torch.stack([kept.sum(), batch["text_bytes"].sum() if "text_bytes" in batch else kept.sum()])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sizes, op=dist.ReduceOp.SUM)
-            tokens, share = sizes[0], sizes / dist.get_world_size()
-        else:
-            tokens, share = sizes[0], sizes.float()
-        count = share[0].clamp(min=1)
+        (tokens, _), (count, octets) = over_ranks(sizes)
         total = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=self.label_smoothing)
         loss = total / count  # with no target: an empty sum, whose gradients are zeros
         report = {"next_token": loss.detach(), "tokens": tokens}
@@ -108,7 +102,7 @@ class NextToken(Objective):
         if self.z_loss:
             loss = loss + self.z_loss * logits.logsumexp(-1).square().sum() / count
         if "text_bytes" in batch:
-            report["bits_per_byte"] = total.detach() / math.log(2) / share[1].clamp(min=1)
+            report["bits_per_byte"] = total.detach() / math.log(2) / octets
         return loss, report
 
     def _by_task(
@@ -123,10 +117,7 @@ class NextToken(Objective):
         numbers = torch.arange(len(TASKS), device=task.device)
         own = task == numbers[:, None]  # [tasks, M]
         nats = F.cross_entropy(logits, wanted, reduction="none", label_smoothing=self.label_smoothing)
-        counts = own.sum(1).float()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            counts = counts / dist.get_world_size()
-        means = (own * nats).sum(1) / counts.clamp(min=1)  # [tasks]; nothing of a task gives 0
+        _, counts = over_ranks(own.sum(1))
+        means = (own * nats).sum(1) / counts  # [tasks]; nothing of a task gives 0
         factors = torch.tensor([self.tasks[name] for name in TASKS], device=task.device)
         return (factors * means).sum(), {name: means[i].detach() for i, name in enumerate(TASKS)}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.objectives.base import Objective, full_precision
+from zoo.objectives.base import Objective, full_precision, over_ranks
 from zoo.recipe import ObjectiveConfig
 
 
@@ -90,7 +90,7 @@ class ElementLabels(Objective):
         with full_precision(logits):
             smoothing = self.config.label_smoothing
             total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
-            loss = total / has.sum().clamp(min=1)
+            loss = total / over_ranks(has.sum())[1]
         with torch.no_grad():
             right = ((logits.argmax(1) == targets) & has).sum() / has.sum().clamp(min=1)
         return loss, {"accuracy": right}
