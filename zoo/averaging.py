@@ -79,9 +79,9 @@ def learning(module: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put(target: Tensor, whole: Tensor) -> None:
-    """Write a whole tensor into one that may be divided."""
+    """Write a whole tensor, or one divided alike, into one that may be divided."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if isinstance(target, DTensor):
+    if isinstance(target, DTensor) and not isinstance(whole, DTensor):
         whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
     target.copy_(whole)

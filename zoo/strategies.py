@@ -12,7 +12,7 @@ gathered when a step begins and let go of when its backward pass is over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -184,28 +184,40 @@ def shard(module: ZooModule, mesh: DeviceMesh, precision: str) -> None:
     lower = torch.bfloat16 if precision == "bf16" else None
     reduced = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = whole_parameters(module)
-    held: dict[int, set[int]] = {}
-    for owner in module.modules():
-        for parameter in owner.parameters(recurse=False):
-            held.setdefault(id(parameter), set()).add(id(owner))
-
-    def alone(unit: nn.Module) -> bool:  # tied weights are read from elsewhere: they stay beside the blocks
-        inside = {id(m) for m in unit.modules()}
-        return all(held[id(p)] <= inside for p in unit.parameters())
-
-    copies = [] if module.momentum is None else [module.momentum]
-    stacked = [block for root in (module.model, *copies) for block in blocks(root)]
-    connectors = [part for part in module.model.modules() if isinstance(part, Connector) and part.forward_only]
-    units = [unit for unit in (*stacked, *connectors) if alone(unit) and any(p not in whole for p in unit.parameters())]
-    for unit in dict.fromkeys(units):
-        if isinstance(unit, Connector):
-            fully_shard(unit, mesh=mesh, ignored_params=whole, reshard_after_forward=False)
-            continue
-        block: Any = fully_shard(unit, mesh=mesh, mp_policy=reduced, ignored_params=whole)
-        block.set_reduce_scatter_unused_params(True)  # every rank takes part, whatever its batch showed
+    stacked, connectors = units(module, whole)
+    for block in stacked:
+        unit: Any = fully_shard(block, mesh=mesh, mp_policy=reduced, ignored_params=whole)
+        unit.set_reduce_scatter_unused_params(True)  # every rank takes part, whatever its batch showed
+    for connector in connectors:
+        fully_shard(connector, mesh=mesh, ignored_params=whole, reshard_after_forward=False)
     root: Any = fully_shard(module, mesh=mesh, ignored_params=whole, reshard_after_forward=False)
     root.set_reduce_scatter_unused_params(True, recurse=False)
     register_fsdp_forward_method(module, "losses")
+
+
+def units(module: ZooModule, whole: set[nn.Parameter]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The units of FSDP: blocks, and connectors; what is in neither is gathered for a whole step.
+
+    Args:
+        whole: What is not divided at all.
+    """
+    held: dict[int, set[int]] = {}
+    for owner in module.modules():
+        for one in (*owner.parameters(recurse=False), *owner.children()):
+            held.setdefault(id(one), set()).add(id(owner))
+
+    def alone(unit: nn.Module) -> bool:  # what is tied is read from elsewhere too: it stays beside the blocks
+        inside = {id(m) for m in unit.modules()}
+        return all(held[id(one)] <= inside for one in (*unit.parameters(), *list(unit.modules())[1:]))
+
+    copies = [] if module.momentum is None else [module.momentum]
+    stacked = dict.fromkeys(block for root in (module.model, *copies) for block in blocks(root))
+    connectors = [part for part in module.model.modules() if isinstance(part, Connector) and part.forward_only]
+
+    def kept(found: Iterable[nn.Module]) -> list[nn.Module]:
+        return [unit for unit in found if alone(unit) and any(p not in whole for p in unit.parameters())]
+
+    return kept(stacked), kept(connectors)
 
 
 def whole_parameters(module: ZooModule) -> set[nn.Parameter]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from zoo.api import build_module
 from zoo.cli import main
-from zoo.compare.memory import Memory, measure_recipe, predict_recipe, shared
+from zoo.compare.memory import Memory, Units, measure_recipe, predict_recipe, shared, units_of
 from zoo.errors import ConfigError
 from zoo.recipe import resolve
 
@@ -54,13 +56,30 @@ def test_strategies() -> None:
     assert whole.peak == 240
     assert shared(whole, 1, "single") == whole
     assert shared(whole, 8, "ddp").gradients == 80
-    split = shared(whole, 8, "fsdp", largest=5, largest_trained=3)
-    assert (split.parameters, split.gradients, split.optimizer) == (20, 8, 10)
+    units = Units(whole=8, beside=4, block=5, whole_trained=0, beside_trained=2, block_trained=3)
+    split = shared(whole, 8, "fsdp", units)
+    assert (split.parameters, split.gradients, split.optimizer) == (9 + 8 + 4 + 10, 5 + 2 + 6, 10)
     assert split.activations == 30
     with pytest.raises(ConfigError, match="strategy = 'fsdb'; did you mean fsdp"):
         shared(whole, 8, "fsdb")
     with pytest.raises(ConfigError, match="single is one device, not 8"):
         shared(whole, 8, "single")
+
+
+def test_units_are_what_fsdp_gathers() -> None:
+    """LLaVA-7B: 32 frozen layers of one size; embeddings, head and norms stand beside them."""
+    with torch.device("meta"):
+        module = build_module(resolve("llava"), 0)
+    module.set_stage(0)
+    units = units_of(module)
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert units.block == 4 * layer
+    assert units.block_trained == 0
+    assert units_of(module, "bf16").block == 2 * layer
+    tables = 4 * 2 * 4096 * module.model.decoder_config.vocab_size
+    assert tables < units.beside < 1.1 * tables
+    assert units.beside_trained == 4 * (1024 * 4096 + 4096)  # the connector
+    assert units.whole < 1e6
 
 
 def test_the_command_says_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from zoo.errors import ConfigError
 from zoo.layout import Layout, Segment, lay_out
 from zoo.nn import KVCache, PatchEmbedding, TokenEmbedding, Trunk, TrunkConfig, copy_expert_, init_clip_, init_xavier_
 from zoo.nn.positions import frequencies, rotary, rotate
+from zoo.strategies import checkpoint_blocks
 
 Shake = Callable[..., nn.Module]
 SMALL: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "ffn": 32}
@@ -283,7 +284,8 @@ def test_flex_attention_and_a_mask_built_outside(shake: Shake) -> None:
 def test_checkpointing_gives_the_same_gradients(shake: Shake) -> None:
     layout, x, gradients = lay_out(MIXED), rows(), []
     for recompute in (False, True):
-        trunk: Any = shake(Trunk(TrunkConfig(**SMALL, **ROUTED, checkpoint=recompute))).train()
+        trunk: Any = shake(Trunk(TrunkConfig(**SMALL, **ROUTED))).train()
+        assert not recompute or checkpoint_blocks(trunk) == trunk.config.depth
         trunk(x, layout).square().sum().backward()
         gradients.append({n: p.grad for n, p in trunk.named_parameters()})
     assert all(g is not None and g.abs().max() > 0 for n, g in gradients[0].items() if not n.endswith(".k.bias"))

@@ -25,7 +25,8 @@ from zoo.recipe import resolve
 from zoo.run_config import TrainerConfig
 from zoo.strategies import assert_world_size, blocks, check_devices, checkpoint_blocks
 
-STILL = {"trunk": {"drop_path": 0.0}}  # stochastic depth is drawn by each rank for itself
+STILL, STILL_EYE = {"trunk": {"drop_path": 0.0}}, {"encoder": {"drop_path": 0.0}}
+"""Stochastic depth is drawn by each rank for itself."""
 BOTH, ALL = {"2": ["ddp", "fsdp"]}, {"2": ["ddp", "fsdp"], "4": ["ddp", "fsdp"]}
 MODELS: list[dict[str, Any]] = [
     {"recipe": "clip", "strategies": ALL, "batch_size": 8},
@@ -36,14 +37,14 @@ MODELS: list[dict[str, Any]] = [
     {"recipe": "blip2-flan-t5"},
     {"recipe": "blip2-opt-staged"},
     {"recipe": "blip2"},
-    {"recipe": "coca"},
-    {"recipe": "blip-nlvr"},
+    {"recipe": "coca", "trainer": {"checkpointing": "blocks"}},
+    {"recipe": "blip-nlvr", "values": STILL_EYE},
     {"recipe": "vlmo", "values": STILL},
     {"recipe": "vlmo-staged", "values": STILL, "batch_size": 6},
-    {"recipe": "beit3-in1k", "values": STILL},
+    {"recipe": "beit3-in1k", "values": {**STILL, "wiring": {"labels": ["red apple", "fox"]}}},
     {"recipe": "albef"},
     {"recipe": "blip"},
-    {"recipe": "blip-vqa"},
+    {"recipe": "blip-vqa", "values": STILL_EYE},
     {"recipe": "blip-caption"},
     {"recipe": "llamagen-t2i"},
     {"recipe": "llamagen-c2i"},

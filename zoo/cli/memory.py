@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zoo.errors import ConfigError
+from zoo.run_config import CHECKPOINTING
 
 if TYPE_CHECKING:
     from zoo.compare.memory import Memory
     from zoo.module import ZooModule
     from zoo.recipe import Recipe
 
-OPTIONS = ("--devices", "--strategy", "--batch-size", "--precision", "--accelerator")
+OPTIONS = ("--devices", "--strategy", "--batch-size", "--precision", "--accelerator", "--checkpointing")
 
 
 def parse(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace | None]:
@@ -35,6 +36,7 @@ def parse(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace | None]:
     parser.add_argument("--batch-size", type=int, default=None)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--accelerator", default="gpu", choices=("gpu", "cpu"))
+    parser.add_argument("--checkpointing", default="none", choices=CHECKPOINTING)
     found, rest = parser.parse_known_args(words)
     return rest, found
 
@@ -54,25 +56,28 @@ def show_memory(recipe: Recipe, options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from zoo.cli.overrides import BATCH_SIZE
-    from zoo.compare.memory import STRATEGIES, predict, shared
-    from zoo.errors import near
+    from zoo.compare.memory import Memory, predict, shared, units_of
     from zoo.recipe import read_scale
+    from zoo.strategies import checkpoint_blocks
 
     devices = options.devices
-    strategy = options.strategy or ("single" if devices == 1 else "ddp")
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"strategy = {strategy!r}{near(strategy, STRATEGIES)}")
+    strategy = options.strategy or "auto"
+    if strategy == "auto":
+        strategy = "single" if devices == 1 else "ddp"
+    shared(Memory(0, 0, 0, 0), devices, strategy)  # refuses names it does not know
     batch = options.batch_size or read_scale(recipe.scale).batch_size or BATCH_SIZE
     if devices < 1 or batch % devices:
         raise ConfigError(f"a batch of {batch} is not divided by {devices} devices: choose another --batch-size")
     module = _on_meta(recipe)
+    if options.checkpointing == "blocks":
+        checkpoint_blocks(module.model)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for head in ("stage", "parameters", "gradients", "optimizer", "activations", "peak a device"):
         table.add_column(head, justify="left" if head == "stage" else "right")
     for index, stage in enumerate(recipe.stages):
         module.set_stage(index)
         alone = predict(module, batch // devices, options.precision, options.accelerator)
-        each = shared(alone, devices, strategy, *_largest(module))
+        each = shared(alone, devices, strategy, units_of(module, options.precision))
         table.add_row(stage.name, *_row(each))
     console = Console()
     many = f"{devices} device{'s' if devices > 1 else ''}, {strategy}"
@@ -93,24 +98,6 @@ def _on_meta(recipe: Recipe) -> ZooModule:
 
     with torch.device("meta"):
         return build_module(recipe, seed=0)
-
-
-def _largest(module: ZooModule) -> tuple[int, int]:
-    """Bytes of the largest unit that FSDP would gather, of the blocks (members of module lists) and what stands beside
-    them: all of it, and what is trained of it."""
-    from torch import nn
-
-    blocks = [block for holder in module.model.modules() if isinstance(holder, nn.ModuleList) for block in holder]
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    rest = [p for p in module.model.parameters() if id(p) not in inside]
-    units = [list(block.parameters()) for block in blocks] + [[p] for p in rest]
-
-    def size(parameters: list[nn.Parameter]) -> int:
-        return sum(p.numel() * p.element_size() for p in parameters)
-
-    largest = max(units, key=size, default=[])
-    trained = max((size([p for p in unit if p.requires_grad]) for unit in units), default=0)
-    return size(largest), trained
 
 
 def _row(memory: Memory) -> list[str]:

@@ -8,7 +8,7 @@ What is not seen: workspaces inside kernels, the allocator's rounding and fragme
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,18 +16,18 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zoo.errors import ConfigError, near
+from zoo.run_config import STRATEGIES
 
 if TYPE_CHECKING:
     from zoo.module import ZooModule
     from zoo.recipe import Recipe
 
-STRATEGIES = ("single", "ddp", "fsdp")
 MOMENTS = 2
 """Tensors of AdamW a trained parameter."""
 
@@ -158,32 +158,80 @@ def measure_recipe(recipe: Recipe, batch_size: int, precision: str = "fp32") -> 
     return _bytes(standing) + most
 
 
-def shared(memory: Memory, devices: int, strategy: str, largest: int = 0, largest_trained: int = 0) -> Memory:
+@dataclass(frozen=True)
+class Units:
+    """Bytes of a module's parameters as FSDP treats them (``zoo.strategies``).
+
+    Attributes:
+        whole: On every device all the time: buffers, scalars, tokenizers that never learn.
+        beside: Divided, and on every device whole from the beginning of a step to the end of its backward pass.
+        block: The largest block's, as it is gathered.
+        whole_trained, beside_trained, block_trained: What is trained of them, in fp32.
+    """
+
+    whole: int = 0
+    beside: int = 0
+    block: int = 0
+    whole_trained: int = 0
+    beside_trained: int = 0
+    block_trained: int = 0
+
+
+def units_of(module: ZooModule, precision: str = "fp32") -> Units:
+    """How FSDP would divide the module in its current stage."""
+    from zoo.strategies import units, whole_parameters
+
+    whole = whole_parameters(module)
+    stacked, _ = units(module, whole)
+    divided = [[p for p in block.parameters() if p not in whole] for block in stacked]
+    inside = {p for block in divided for p in block}
+    beside = [p for p in module.parameters() if p not in whole and p not in inside]
+
+    def trained(parameters: Iterable[nn.Parameter]) -> int:
+        return _bytes([p for p in parameters if p.requires_grad])
+
+    return Units(
+        whole=_bytes([*whole, *module.buffers()]),
+        beside=_bytes(beside),
+        block=max(map(_bytes, divided), default=0) // (2 if precision == "bf16" else 1),
+        whole_trained=trained(whole),
+        beside_trained=trained(beside),
+        block_trained=max(map(trained, divided), default=0),
+    )
+
+
+def shared(memory: Memory, devices: int, strategy: str, units: Units | None = None) -> Memory:
     """Memory of each of several devices, of what ``predict`` says of one that works on its part of the batch.
 
     ``ddp``: every device has all, and buckets in which gradients travel. ``fsdp`` (FSDP2): weights, gradients and
-    moments are divided; the unit at work is there whole, and the next one comes while it works.
+    moments are divided; what stands beside the blocks is there whole for a step, the block at work too, and the next
+    one comes while it works; its gradients are there whole, and once more on their way.
 
     Args:
-        largest: Bytes of the largest unit's weights.
-        largest_trained: Bytes of its trained weights.
+        units: Of ``units_of``, for fsdp.
 
     Raises:
         ConfigError: An unknown strategy, or ``single`` on several devices.
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"strategy = {strategy!r}{near(strategy, STRATEGIES)}")
+    known = tuple(name for name in STRATEGIES if name != "auto")
+    if strategy not in known:
+        raise ConfigError(f"strategy = {strategy!r}{near(strategy, known)}")
     if strategy == "single":
         if devices != 1:
             raise ConfigError(f"strategy = single is one device, not {devices}: choose ddp or fsdp")
         return memory
     if strategy == "ddp":
         return replace(memory, gradients=2 * memory.gradients)
+    u = units or Units()
+
+    def part(size: int, whole: int) -> int:
+        return -(-(size - whole) // devices) + whole
+
     return replace(
         memory,
-        parameters=-(-memory.parameters // devices) + 2 * largest,
-        gradients=-(-memory.gradients // devices) + largest_trained,
-        optimizer=-(-memory.optimizer // devices),
+        parameters=part(memory.parameters, u.whole) + u.beside + 2 * u.block,
+        gradients=part(memory.gradients, u.whole_trained) + u.beside_trained + 2 * u.block_trained,
+        optimizer=part(memory.optimizer, MOMENTS * u.whole_trained),
         step=-(-memory.step // devices),
     )
 

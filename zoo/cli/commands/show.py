@@ -16,7 +16,8 @@ USAGE = """usage: zoo show NAME [KEY=VALUE ...] [--fields | --template | --memor
   --template                               a caption and a dialogue token by token, as every stage trains on them
   --memory                                 what a training step takes on each device, stage by stage; with --devices N,
                                            --strategy single|ddp|fsdp, --batch-size N (of all devices),
-                                           --precision fp32|bf16, --accelerator gpu|cpu"""
+                                           --precision fp32|bf16, --accelerator gpu|cpu,
+                                           --checkpointing none|blocks"""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -28,7 +28,7 @@ USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
   stages=joint                                train every part at once, from scratch
   budget.value=500 batch_size=64              how many steps, samples a step
   budget=samples|tokens|flops|seconds         what budget.value counts instead; stages share any of them
-  trainer.devices=2 trainer.precision=bf16    how to run
+  trainer.devices=2 trainer.precision=bf16    how to run; strategy=fsdp divides the weights among the devices
   data=folder data.root=PATH                  your own images and captions
   init=RUN_OR_CHECKPOINT                      start from the weights of another model, as far as it has the same parts
   init="RUN + RUN"                            of several; a later one wins where two have a part
