@@ -284,4 +284,7 @@ def is_divided(module: nn.Module) -> bool:
 
 def full(tensor: Tensor) -> Tensor:
     """A tensor whole, on every rank; all must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        whole: Tensor = tensor.full_tensor()
+        return whole
+    return tensor
