@@ -397,7 +397,7 @@ def cache_root(config: RunConfig) -> Path:
 
 def fill_device(accelerator: str) -> torch.device:
     """The device this process's Trainer will use."""
-    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")

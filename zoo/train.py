@@ -20,7 +20,7 @@ from zoo.compare import record
 from zoo.compare.cost import cost
 from zoo.curve import METER, Curve, Meter, read_lines
 from zoo.errors import RunError
-from zoo.frozen_features import open_features
+from zoo.frozen_features import fill_device, open_features
 from zoo.manifest import Manifest, sample_flops, start_manifest, write_json
 from zoo.resuming import Interrupted, Keeper, load_checkpoint, quiet_lightning, save_checkpoint
 from zoo.run_config import PRECISIONS, RunConfig
@@ -256,6 +256,7 @@ def evaluate_run(
 
     tasks = [catalogue()["task"].parse(name, fields, name).build() for name, fields in config.evaluation.tasks.items()]
     module.eval()
+    module.to(fill_device(config.trainer.accelerator))  # a Trainer leaves what it trained on the CPU
 
     def tell(task: str, done: int, total: int) -> None:
         if progress:
