@@ -17,6 +17,7 @@ from torch import Tensor
 from tests.train import spread
 from zoo import builtin
 from zoo.api import build_module
+from zoo.cli.commands.train import train
 from zoo.cli.jobs import check_offline
 from zoo.cli.overrides import run_config
 from zoo.compare.memory import predict
@@ -215,12 +216,16 @@ def test_groups_choose_the_strategy() -> None:
     assert two.hash() == parted.hash()  # how a run is executed does not make it another one
 
 
-def test_devices_that_do_not_exist_are_refused_before_anything_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_do_not_exist_are_refused_before_anything_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    config = run_config([*SMALL, "trainer.accelerator=cuda", "trainer.devices=8", "batch_size=8"])
+    eight = [*SMALL, "trainer.accelerator=cuda", "trainer.devices=8", "batch_size=8", f"out={tmp_path}"]
     with pytest.raises(ConfigError, match="this machine has no CUDA devices"):
-        check_offline(config)
+        train([*eight, "-m"])
+    assert not list(tmp_path.iterdir())
+    assert train([*eight, "--dry-run"]) == []  # what another machine will run can be looked at
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"this machine has 2 CUDA devices: set trainer.devices=2"):

@@ -31,10 +31,9 @@ def check_offline(config: RunConfig, pending: Collection[str] = ()) -> None:
     from zoo.evaluation.run import check_tasks
     from zoo.frozen_features import check_cacheable
     from zoo.plugin import catalogue
-    from zoo.strategies import check_devices, check_shardable
+    from zoo.strategies import check_shardable
 
     config.tracking.check_installed()
-    check_devices(config.trainer)
     check_shardable(config.trainer, config.recipe)
     check_cacheable(config)
     for start in starts(config.init):

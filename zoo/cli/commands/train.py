@@ -186,6 +186,12 @@ def train(argv: Sequence[str]) -> list[Outcome]:
     if "--dry-run" in argv:
         show({f: c for sweep in (*firsts.values(), *sweeps) for f, c in {**sweep.tries, **sweep.configs}.items()})
         return []
+    if not any(text.startswith("hydra/launcher=") for text in argv):  # a launcher's jobs run on other machines
+        from zoo.strategies import check_devices
+
+        for sweep in (*firsts.values(), *sweeps):
+            for config in sweep.configs.values():
+                check_devices(config.trainer)
     for name, sweep in firsts.items():
         (outcome,) = sweep.run()
         if outcome.status == "interrupted":
