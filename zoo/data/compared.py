@@ -17,7 +17,9 @@ from zoo.data.sample import Sample
 class ComparedProcessor(FusionProcessor):
     """A caption as a statement about the first of two images, which is true where the first is its own.
 
-    The other image is that of the sample before in the batch; which of the two comes first depends on (seed, id, draw).
+    The other image is that of the neighbour in the batch (rows 0 and 1 see each other's, 2 and 3, ...; the last of an odd
+    batch sees that of the row before), so that devices which share a batch in even parts see what one would. Which of
+    the two comes first depends on (seed, id, draw).
     """
 
     def __call__(
@@ -31,7 +33,8 @@ class ComparedProcessor(FusionProcessor):
         1 where the statement is true."""
         batch = super().__call__(samples, train, draws, pixels)
         own = batch["pixel_values"]
-        other = own.roll(1, 0)
+        rows = torch.arange(len(own))
+        other = own[torch.where((rows ^ 1) < len(own), rows ^ 1, (rows - 1).clamp(min=0))]
         draws = draws if draws is not None else [0] * len(samples)
         sides = [uniforms(1, "side", self.seed, s.id, d)[0] < 0.5 for s, d in zip(samples, draws, strict=True)]
         true = torch.tensor(sides)

@@ -151,9 +151,10 @@ class MaskedData(Objective):
         count = max(1, round(c.share * size))
         drawn: dict[str, Masked] = {}
         # every third sample, say: with several processes the same samples as in one
-        stride = self.parts if self.parts * count <= size else 1
+        even = self.parts > 1 and self.parts * count <= size
+        stride, apart = (self.parts, 1) if even else (1, count)
         for number, name in enumerate(c.streams):
-            rows = (number + stride * torch.arange(count, device=device)) % size
+            rows = (number * apart + stride * torch.arange(count, device=device)) % size
             hidden = ids = labels = None
             if name != "text":
                 rate = c.image_rate if name == "image" else c.pair_image_rate
