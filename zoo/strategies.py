@@ -250,7 +250,7 @@ def clip_gradients(parameters: list[nn.Parameter], most: float) -> Tensor:
     given = [p for p in parameters if p.grad is not None]
     kinds = [[p for p in given if isinstance(p.grad, DTensor) == divided] for divided in (True, False)]
     norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
-    total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    total: Tensor = torch.linalg.vector_norm(torch.stack([full(norm) for norm in norms]))
     for kind in kinds:
         for parameter in kind:
             assert parameter.grad is not None

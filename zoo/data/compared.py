@@ -17,9 +17,9 @@ from zoo.data.sample import Sample
 class ComparedProcessor(FusionProcessor):
     """A caption as a statement about the first of two images, which is true where the first is its own.
 
-    The other image is that of the neighbour in the batch (rows 0 and 1 see each other's, 2 and 3, ...; the last of an odd
-    batch sees that of the row before), so that devices which share a batch in even parts see what one would. Which of
-    the two comes first depends on (seed, id, draw).
+    The other image is that of the neighbour in the batch (rows 0 and 1 see each other's, 2 and 3, ...; the last of an
+    odd batch sees that of the row before), so that devices which share a batch in even parts see what one would. Which
+    of the two comes first depends on (seed, id, draw).
     """
 
     def __call__(
