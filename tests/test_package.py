@@ -274,7 +274,7 @@ CALLS = {
 }  # fmt: skip
 """Calls a module may make when it is imported, beside the zoo's own: they make constants."""
 
-PREPARES = {"zoo.module", "zoo.train", "zoo.curve", "zoo.resuming"}
+PREPARES = {"zoo.averaging", "zoo.module", "zoo.train", "zoo.curve", "zoo.resuming"}
 """Modules that import lightning, and must make torchvision importable before they do."""
 
 

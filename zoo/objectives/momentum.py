@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from zoo.errors import ConfigError
 from zoo.objectives.base import Objective, full_precision
@@ -102,8 +101,8 @@ class Momentum(nn.Module):
         copied."""
         self._last = None
         slow, fast = list(self.teacher.parameters()), parameters_of(model, model.momentum_parts())
-        for divided in (False, True):  # under FSDP most are, and a scalar is not
-            pairs = [(s, f.detach()) for s, f in zip(slow, fast, strict=True) if isinstance(f, DTensor) == divided]
+        for divided in (False, True):  # under FSDP most are DTensors, and a scalar is not
+            pairs = [(s, f.detach()) for s, f in zip(slow, fast, strict=True) if hasattr(f, "placements") == divided]
             if pairs:
                 torch._foreach_lerp_([s for s, _ in pairs], [f for _, f in pairs], 1 - self.rate)
         sources = {n: getattr(model, n) for n in model.momentum_parts()}
