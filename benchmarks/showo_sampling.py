@@ -94,7 +94,8 @@ def loops(
 ) -> dict[str, Callable[[], Tensor]]:
     """The three loops; each returns the codes."""
     batch, slots = len(ids) // 2, SIDE * SIDE
-    codes, unknown = torch.zeros(batch, slots, dtype=torch.long), torch.ones(batch, slots, dtype=torch.bool)
+    codes = torch.zeros(batch, slots, dtype=torch.long, device=ids.device)
+    unknown = torch.ones_like(codes, dtype=torch.bool)
     prefix, head = MaskedUnified.prefix, MaskedUnified.code_logits
 
     def run(kind: type[Whole] | None) -> Tensor:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ConfigError, near
@@ -38,6 +39,7 @@ from zoo.layout_facts import (
     Segment,
     Table,
     check_ids,
+    fitted,
     kind,
     look_at_padding,
     look_for_spans,
@@ -74,6 +76,7 @@ class Layout:
         kind: ``full`` (every row reads every key), ``causal`` (k <= q), or ``table`` (a mask is needed).
         padding: ``none``, ``right`` (pads only behind the last real token), or ``any``.
         predicted: names of the segments whose tokens are predicted.
+        document: ``[B, T]`` int64 where several documents share a row (:meth:`separate`); they never read each other.
 
     Pads: no real row ever reads a pad, and in :meth:`mask` and :meth:`mask_mod` a pad row reads exactly itself. Where
     ``kind`` is ``causal`` the mask is not used and right pads read what stands before them; their outputs are finite,
@@ -91,7 +94,8 @@ class Layout:
     predicted: tuple[str, ...] = ()
     uniform: bool = False  # every row of the batch has the same segments and no pads
     runs: Runs | None = field(default=None, repr=False)
-    table: Table | None = field(default=None, repr=False)  # the relation as Python numbers, where it is one and known
+    table: Table | None = field(default=None, repr=False)  # the relation as Python numbers, where it is all there is
+    document: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def from_ids(
@@ -123,23 +127,8 @@ class Layout:
         Raises:
             ConfigError: shapes or values do not fit together, or a real row would read nothing.
         """
-        if segment.ndim != 2:
-            raise ConfigError(f"segment has shape {tuple(segment.shape)}; expected [batch, tokens]")
+        segment, relation, modality, names = fitted(segment, relation, modality, names)
         batch, length = segment.shape
-        segment = segment.long()
-        relation = torch.as_tensor(relation, dtype=torch.uint8)
-        relation = (relation[None] if relation.ndim == 2 else relation).to(segment.device)
-        count = relation.shape[-1]
-        if relation.ndim != 3 or relation.shape[-2] != count or relation.shape[0] not in (1, batch):
-            raise ConfigError(f"relation has shape {tuple(relation.shape)}; expected [1 or {batch}, S, S]")
-        modality = torch.zeros_like(segment) if modality is None else modality.long()
-        if modality.shape != segment.shape:
-            raise ConfigError(
-                f"modality has shape {tuple(modality.shape)}; expected that of segment, {tuple(segment.shape)}"
-            )
-        names = tuple(names) if names is not None else tuple(f"s{i}" for i in range(count))
-        if len(names) != count:
-            raise ConfigError(f"{len(names)} segment names for a relation of {count} segments; give one name each")
         if (visible := segment.device.type == "cpu") and segment.numel():
             check_ids(segment, relation, modality)
             padding = padding or look_at_padding(segment >= 0)
@@ -228,6 +217,8 @@ class Layout:
         else:
             reads = self.relation[torch.arange(self.batch, device=segment.device)[:, None, None], of_query, of_key]
         allowed = (reads == ALL) | ((reads == PAST) & (key <= query))
+        if self.document is not None:
+            allowed = allowed & (self.document[:, start:stop, None] == self.document[:, None, :])
         if self.padding != "none":
             real = segment >= 0
             allowed = allowed & real[:, None, :] & real[:, start:stop, None] | (~real[:, None, :] & (key == query))
@@ -251,7 +242,7 @@ class Layout:
         Args:
             first: the number of the first query row, where the queries are only the last rows.
         """
-        segment, relation = self.segment, self.relation
+        segment, relation, document = self.segment, self.relation, self.document
         one_row, one_table = self.batch == 1, self.relation.shape[0] == 1
 
         def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -260,17 +251,22 @@ class Layout:
             of_query, of_key = segment[row, q], segment[row, k]
             reads = relation[torch.zeros_like(b) if one_table else b, of_query.clamp(min=0), of_key.clamp(min=0)]
             read = (reads == ALL) | ((reads == PAST) & (k <= q))
+            if document is not None:
+                read = read & (document[row, q] == document[row, k])
             return (read & (of_query >= 0) & (of_key >= 0)) | ((q == k) & (of_key < 0))
 
         return allowed
 
-    def block_mask(self, rows: slice | None = None) -> BlockMask:
-        """Return the FlexAttention block mask of the query rows ``rows`` (all by default) over all keys."""
+    def block_mask(self, rows: slice | None = None, make: Callable[..., BlockMask] | None = None) -> BlockMask:
+        """Return the FlexAttention block mask of the query rows ``rows`` (all by default) over all keys.
+
+        ``make`` stands in for ``create_block_mask``, which may be compiled.
+        """
         from torch.nn.attention.flex_attention import create_block_mask
 
         start, stop, _ = (rows or slice(None)).indices(self.length)
         batch = None if self.uniform or self.batch == 1 else self.batch  # one mask for every row where it may
-        return create_block_mask(
+        return (make or create_block_mask)(
             self.mask_mod(start), B=batch, H=None, Q_LEN=stop - start, KV_LEN=self.length, device=self.segment.device
         )
 
@@ -278,7 +274,8 @@ class Layout:
         """Return the layout with its tensors on ``device``."""
         tensors = ("segment", "modality", "relation", "position")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in tensors}
-        return replace(self, **moved)
+        document = None if self.document is None else self.document.to(device, non_blocking=non_blocking)
+        return replace(self, **moved, document=document)
 
     def append(
         self,
@@ -326,6 +323,7 @@ class Layout:
             padding=padding,
             kind=kind(runs, self.table, padding, self.length + count),
             uniform=self.uniform and real is None,
+            document=None if self.document is None else F.pad(self.document, (0, count), mode="replicate"),
         )
 
     def truncate(self, length: int) -> Layout:
@@ -342,6 +340,7 @@ class Layout:
             spans=spans,
             runs=runs,
             kind=kind(runs, self.table, self.padding, length),
+            document=None if self.document is None else self.document[:, :length],
         )
 
     def select(self, index: Tensor) -> Layout:
@@ -352,6 +351,7 @@ class Layout:
             modality=self.modality[index],
             position=self.position[index],
             relation=self.relation if self.relation.shape[0] == 1 else self.relation[index],
+            document=None if self.document is None else self.document[index],
         )
 
     def hide(self, keys: Tensor) -> Layout:
@@ -359,7 +359,7 @@ class Layout:
         count, batch = len(self.names), max(self.batch, keys.shape[0])
         relation = self.relation.repeat(1, 2, 2)
         relation[:, :, count:] = NEVER
-        return Layout.from_ids(
+        hidden = Layout.from_ids(
             torch.where(keys.to(self.segment.device) & self.real, self.segment + count, self.segment),
             relation,
             modality=self.modality.expand(batch, -1),
@@ -369,28 +369,28 @@ class Layout:
             padding=self.padding,
             predicted=self.predicted,
         )
+        return hidden if self.document is None else hidden.separate(self.document)
 
-    def separate(self, document: Tensor, documents: int) -> Layout:
+    def separate(self, document: Tensor) -> Layout:
         """Return the layout in which tokens of different documents never read each other (packing).
 
         Args:
-            document: ``[B, T]`` int64, the document of each token, from 0; ignored at pads.
-            documents: how many there are at most in one row.
+            document: ``[B, T]`` integers, the document of each token; ignored at pads.
         """
-        count = len(self.names)
-        same = torch.eye(documents, dtype=torch.uint8, device=self.relation.device)
-        relation = torch.stack([torch.kron(same, table) for table in self.relation])  # never = 0 between documents
+        document = document.to(self.segment.device).long()
+        if self.document is not None:  # documents inside documents
+            document = self.document * (document.max() + 1) + document
         batch = max(self.batch, document.shape[0])
-        return Layout.from_ids(
-            torch.where(self.real, self.segment + count * document.to(self.segment.device), self.segment),
-            relation,
+        layout = replace(
+            self,
+            segment=self.segment.expand(batch, -1),
             modality=self.modality.expand(batch, -1),
-            position=self.position,
-            names=[f"{name} {i}" for i in range(documents) for name in self.names],
-            spans=self.spans,
-            padding=self.padding,
-            predicted=[f"{name} {i}" for i in range(documents) for name in self.predicted],
+            position=self.position.expand(batch, *self.position.shape[1:]),
+            document=document.expand(batch, -1),
+            uniform=False,
+            kind="table",
         )
+        return replace(layout._checked(), table=None)  # alone it would say too little from here on
 
     def draw(self, row: int = 0, most: int = 64) -> str:
         """Return a picture for the terminal: the table by segments, and every token's reads if T <= ``most``.

@@ -117,6 +117,33 @@ def kind(runs: Runs | None, table: Table | None, padding: Padding, length: int) 
     return "causal" if causal and length else "table"
 
 
+def fitted(
+    segment: Tensor,
+    relation: Tensor | Sequence[Sequence[int]],
+    modality: Tensor | None,
+    names: Sequence[str] | None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """What ``Layout.from_ids`` is given in one form: ``[B, T]``, ``[1 | B, S, S]``, ``[B, T]`` and S names; refuses
+    shapes that do not fit together."""
+    if segment.ndim != 2:
+        raise ConfigError(f"segment has shape {tuple(segment.shape)}; expected [batch, tokens]")
+    batch, segment = len(segment), segment.long()
+    relation = torch.as_tensor(relation, dtype=torch.uint8)
+    relation = (relation[None] if relation.ndim == 2 else relation).to(segment.device)
+    count = relation.shape[-1]
+    if relation.ndim != 3 or relation.shape[-2] != count or relation.shape[0] not in (1, batch):
+        raise ConfigError(f"relation has shape {tuple(relation.shape)}; expected [1 or {batch}, S, S]")
+    modality = torch.zeros_like(segment) if modality is None else modality.long()
+    if modality.shape != segment.shape:
+        raise ConfigError(
+            f"modality has shape {tuple(modality.shape)}; expected that of segment, {tuple(segment.shape)}"
+        )
+    names = tuple(names) if names is not None else tuple(f"s{i}" for i in range(count))
+    if len(names) != count:
+        raise ConfigError(f"{len(names)} segment names for a relation of {count} segments; give one name each")
+    return segment, relation, modality, names
+
+
 def check_ids(segment: Tensor, relation: Tensor, modality: Tensor) -> None:
     """Refuse ids outside their tables; the tensors are on the CPU and not empty."""
     low, high = int(segment.min()), int(segment.max())

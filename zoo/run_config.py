@@ -37,6 +37,8 @@ class TrainerConfig(PartConfig):
         ema: Decay of an exponential moving average of the weights, which is what is evaluated and saved; 0 = none.
         accumulate: Micro-batches an optimizer step is split into; the global batch stays ``batch_size``.
         workers: Data loading processes a device.
+        pack: Tokens of the sequences that rows of text and images are packed into (``zoo.data.packing``); 0 = a row
+            each, padded. Draws of dropout are the one thing it changes.
         log_every: Steps between two lines of the curve.
         checkpoint_every: Steps between two resumable checkpoints; 0 = only at the end of a stage and on interruption.
         deterministic: Refuse operations without a deterministic implementation.
@@ -59,6 +61,7 @@ class TrainerConfig(PartConfig):
     ema: float = 0.0
     accumulate: int = 1
     workers: int = 0
+    pack: int = 0
     log_every: int = 10
     checkpoint_every: int = 100
     deterministic: bool = False
@@ -82,6 +85,8 @@ class TrainerConfig(PartConfig):
             raise ValueError(f"cache_dtype = {self.cache_dtype!r}{near(self.cache_dtype, CACHE_DTYPES)}")
         if not self.cache_max_gb > 0:
             raise ValueError(f"cache_max_gb = {self.cache_max_gb} must be more than 0")
+        if self.pack < 0:
+            raise ValueError(f"pack = {self.pack} must be 0 (do not pack) or a number of tokens")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema} must be in [0, 1)")
 

@@ -19,6 +19,7 @@ from zoo.budget import Plan, open_source, plan
 from zoo.compare import record
 from zoo.compare.cost import cost
 from zoo.curve import METER, Curve, Meter, read_lines
+from zoo.data.packing import check_packing, packing_line
 from zoo.errors import RunError
 from zoo.frozen_features import fill_device, open_features
 from zoo.manifest import Manifest, sample_flops, start_manifest, write_json
@@ -116,6 +117,8 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
 
             save(module, config.trained_recipe, folder / "weights")
             manifest.update(status="trained")
+            if config.trainer.pack:
+                say(packing_line(manifest.values["packing"]))
             tracker.result(flat_metrics(evaluate_run(folder, config, module, source, manifest, progress)))
             manifest.update(status="done", error=None)
     except Interrupted:
@@ -143,6 +146,8 @@ def train(
     tracker: Tracker,
 ) -> None:
     """Run the stages that are not complete yet."""
+    if config.trainer.pack:
+        check_packing(module.model, config.trainer.pack)
     record.reset_peak_memory()
     for objective in module.objectives.values():
         objective.open(module.model)  # type: ignore[operator]
@@ -202,11 +207,14 @@ def train(
             workers=config.trainer.workers,
             pin_memory=torch.cuda.is_available() and config.trainer.accelerator != "cpu",
             features=None if cached is None else cached.features,
+            pack=config.trainer.pack,
         )
         with keeper.listening(), quiet_lightning():
             trainer.fit(module, batches, ckpt_path=str(path) if state is not None else None, weights_only=True)
         save_checkpoint(trainer, path)
         state = None
+        if batches.fill is not None:
+            manifest.update(packing=batches.fill.to_plain())
     manifest.update(
         cost=cost(
             steps=meter.steps,

@@ -20,6 +20,7 @@ FAST = settings(max_examples=60, deadline=None)
 def literal(layout: Layout) -> Tensor:
     """Return the dense mask [B, T, T] by the rule, one pair at a time."""
     segment, relation = layout.segment.tolist(), layout.relation.tolist()
+    document = [[0] * layout.length] * layout.batch if layout.document is None else layout.document.tolist()
     out = torch.zeros(layout.batch, layout.length, layout.length, dtype=torch.bool)
     for b in range(layout.batch):
         table = relation[b if len(relation) > 1 else 0]
@@ -30,7 +31,7 @@ def literal(layout: Layout) -> Tensor:
                     out[b, q, k] = q == k
                 else:
                     r = table[sq][sk]
-                    out[b, q, k] = r == ALL or (r == PAST and k <= q)
+                    out[b, q, k] = document[b][q] == document[b][k] and (r == ALL or (r == PAST and k <= q))
     return out
 
 
@@ -129,8 +130,14 @@ def test_packing_hiding_and_decoding_keep_the_rule(layout: Layout, data: st.Data
     document = torch.randint(
         0, 3, (layout.batch, layout.length), generator=torch.Generator().manual_seed(layout.length)
     )
-    packed = layout.separate(document, 3)
+    packed = layout.separate(document)
     check(packed)
+    check(packed.append(0, 2))
+    check(packed.truncate(layout.length // 2 + 1))
+    check(packed.select(torch.arange(layout.batch).flip(0)))
+    halves = torch.arange(layout.length)[None] >= layout.length // 2  # documents inside documents
+    check(packed.separate(halves))
+    assert torch.equal(packed.separate(halves).mask(), packed.mask() & (layout.separate(halves).mask()))
     same = document[:, :, None] == document[:, None, :]
     itself = torch.eye(layout.length, dtype=torch.bool) & ~layout.real[:, :, None]
     assert torch.equal(packed.mask()[:, 0], (literal(layout) & same) | itself)

@@ -117,7 +117,7 @@ def test_two_documents_packed_in_one_row(g: Any, model: nn.ModuleDict) -> None:
     spans = g.inputs["spans"] + torch.tensor([0, length, 0]) * torch.arange(documents)[:, None, None]
     packed = by_token(spans.flatten(0, 1)[None], documents * length)
     document = torch.arange(documents).repeat_interleave(length)[None]
-    packed = packed.separate(document, documents)
+    packed = packed.separate(document)
     place = torch.arange(length).repeat(documents)[None]
     hidden = model["trunk"](x.flatten(0, 1)[None], packed, positions=place)
     torch.testing.assert_close(hidden.view_as(expected), expected, **HIDDEN)

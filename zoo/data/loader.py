@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from zoo.data.order import Draw, Order, share
+from zoo.data.packing import Fill, pack
 from zoo.data.processor import Processor
 from zoo.data.sample import ArraySource, BadSample, BadSamples, Sample, Source
 from zoo.errors import ConfigError, DataError, ZooError
@@ -48,6 +49,7 @@ class StepDataset(Dataset[_Step]):
         world_size: int,
         train: bool,
         features: CachedFeatures | None = None,
+        pack: int = 0,
     ) -> None:
         self.source = source
         self.processor = processor if features is None else features.over(processor)
@@ -57,6 +59,7 @@ class StepDataset(Dataset[_Step]):
         self.world_size = world_size
         self.train = train
         self.features = features
+        self.pack = pack
 
     def __getitem__(self, step: int) -> _Step:
         bad: dict[str, str] = {}
@@ -69,7 +72,12 @@ class StepDataset(Dataset[_Step]):
     def _batch(self, step: int, bad: dict[str, str]) -> Batch:
         start, stop = share(step, self.batch_size, self.rank, self.world_size)
         places = self.order.slice(start, stop)
-        ids, draws = [p.id for p in places], [p.draw for p in places]
+        ids = [place.id for place in places]
+        batch = self._rows(places, ids, start, bad)
+        return pack(batch, self.pack, ids) if self.pack else batch
+
+    def _rows(self, places: list[Draw], ids: list[str], start: int, bad: dict[str, str]) -> Batch:
+        draws = [place.draw for place in places]
         if self.features is not None:
             marked = [self._marked(self.features, place, start + i, bad) for i, place in enumerate(places)]
             return self.features.tokens(self.processor(marked, self.train, draws))
@@ -123,9 +131,10 @@ class _Steps(Sampler[int]):
 
 
 class StepLoader(DataLoader[Any]):
-    """A DataLoader over steps; ``bad`` counts the samples that were skipped, by id."""
+    """A DataLoader over steps; ``bad`` counts the samples that were skipped, by id, ``fill`` what packing saved."""
 
     bad: BadSamples
+    fill: Fill | None = None
 
     def __iter__(self) -> Any:
         steps: Iterator[_Step] = super().__iter__()
@@ -139,6 +148,8 @@ class StepLoader(DataLoader[Any]):
                 if step.error is not None:
                     raise step.error
                 assert step.batch is not None
+                if self.fill is not None:
+                    self.fill.add(step.batch)
                 yield step.batch
         finally:
             # a traceback keeps this frame, and workers left to the garbage collector take five seconds each to end
@@ -161,6 +172,7 @@ def loader(
     train: bool = True,
     pin_memory: bool = False,
     features: CachedFeatures | None = None,
+    pack: int = 0,
 ) -> StepLoader:
     """Return the batches of steps ``start_step`` to ``stop_step`` (None: without end) for one rank.
 
@@ -171,6 +183,8 @@ def loader(
         workers: processes that prepare batches; 0 prepares them in this one.
         train: augment, and draw one of several captions; False is as in evaluation.
         features: read ``image_tokens`` of a frozen encoder from here in place of ``pixel_values``.
+        pack: length of the sequences that a rank's rows of a step are packed into (``zoo.data.packing``); 0 = a row
+            each, padded. The model must read them: ``zoo.data.packing.check_packing``.
 
     Raises:
         ConfigError: the batch cannot be shared by the ranks.
@@ -186,7 +200,7 @@ def loader(
         # forked workers use the tokenizer of their parent; its own threads would not survive the fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     made = StepLoader(
-        StepDataset(source, processor, order, batch_size, rank, world_size, train, features),
+        StepDataset(source, processor, order, batch_size, rank, world_size, train, features, pack),
         batch_size=None,
         sampler=_Steps(start_step, stop_step),
         num_workers=workers,
@@ -194,6 +208,7 @@ def loader(
         pin_memory=pin_memory,
     )
     made.bad = BadSamples(source.name, source.max_bad)
+    made.fill = Fill(pack) if pack else None
     return made
 
 

@@ -7,7 +7,7 @@ from. Nothing here depends on a model; images are places (``image_slots``) whose
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -418,6 +418,7 @@ def layout_of(
     *,
     slots: Tensor | None = None,
     padding: Literal["none", "right"] | None = None,
+    document: Tensor | None = None,
 ) -> Layout:
     """The layout of numbered pieces: ``past`` everywhere, ``all`` where a full image meets itself, unless the style's
     images are ``causal``.
@@ -430,7 +431,13 @@ def layout_of(
         segment: [B, T] int64 from ``segments_of``.
         slots: [B, T] bool, image places: their modality is ``image``.
         padding: A promise about pads, for tensors that are not on the CPU.
+        document: [B, T] int64, -1 at pads, where rows are packed (``zoo.data.packing``): a document reads itself alone,
+            and its positions count from 0.
     """
+    if document is not None:
+        return replace(layout_of(segment, style, slots=slots, padding=padding), position=restarted(document)).separate(
+            document
+        )
     real = segment >= 0
     position = (real.long().cumsum(1) - 1).clamp(min=0)
     if style.full == "none":
@@ -461,6 +468,20 @@ def layout_of(
         padding=padding,
         predicted=("text",) if style.images != "masked" else ("text", *(f"image {k}" for k in range(1, images + 1))),
     )
+
+
+def restarted(document: Tensor) -> Tensor:
+    """Positions [B, T] that count from 0 in each document of ``document`` [B, T], whose tokens stand together."""
+    place = torch.arange(document.shape[1], device=document.device)
+    begins = torch.ones_like(document, dtype=torch.bool)
+    begins[:, 1:] = document[:, 1:] != document[:, :-1]
+    return place - torch.where(begins, place, 0).cummax(1).values
+
+
+def row_tasks(batch: Mapping[str, Tensor]) -> Tensor:
+    """The task (place in ``TASKS``) of every row as [B, 1], or of every token [B, T] where rows are packed."""
+    task, document = batch["task"], batch.get("document")
+    return task[:, None] if document is None else task[document.clamp(min=0)]
 
 
 def next_targets(labels: Tensor, own_place: Tensor | None = None) -> Tensor:

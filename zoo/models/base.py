@@ -26,11 +26,14 @@ class Model(nn.Module):
             ``image_latents`` may stand in place of ``pixel_values``. Not both.
         draws_latents: In training ``tokenize_images`` draws latents from the tokenizer's Gaussian, of which a cache
             then keeps the deviations as well.
+        reads_packed_rows: ``forward`` and the objectives read batches of ``zoo.data.packing``; ``row_length`` is the
+            longest row that the processor writes.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()
     reads_image_tokens: ClassVar[bool] = False
     reads_image_codes: ClassVar[bool] = False
+    reads_packed_rows: ClassVar[bool] = False
     draws_latents: bool = False
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

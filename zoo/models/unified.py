@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from zoo.data.sequences import IGNORE, TASKS, layout_of, next_targets, style
+from zoo.data.sequences import IGNORE, TASKS, layout_of, next_targets, row_tasks, style
 from zoo.decoders.base import Decoder, DecoderConfig
 from zoo.draws import rand
 from zoo.errors import ConfigError
@@ -158,7 +158,8 @@ class Unified(DrawsImages, UnifiedRows, WritesUnified, Model):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Read what ``zoo.data.sequences.collate`` made: ``input_ids``, ``segment``, ``labels``, ``image_slots`` and
-        ``task``, and of N images ``image_drawn`` with ``pixel_values`` [N, 3, H, W] or ``image_codes`` [N, n].
+        ``task``, and of N images ``image_drawn`` with ``pixel_values`` [N, 3, H, W] or ``image_codes`` [N, n]; packed,
+        there are ``document`` and ``image_order`` too (``zoo.data.packing``).
 
         Hidden codes are drawn from torch's global stream in training, and always alike in eval mode; the batch may
         bring the draw: ``mask_ratio`` [N] and ``mask_order`` [N, n], uniform numbers.
@@ -171,11 +172,13 @@ class Unified(DrawsImages, UnifiedRows, WritesUnified, Model):
         ids, labels = self._fill(batch, ids, labels, slots)
         embeds = self._embed(batch, ids, slots)
         padding = "right" if not self.style.padded_prompt else None  # as collate pads
-        layout = layout_of(batch["segment"], self.style, slots=slots, padding=cast("Any", padding))
+        layout = layout_of(
+            batch["segment"], self.style, slots=slots, padding=cast("Any", padding), document=batch.get("document")
+        )
         hidden = self.decoder(TokenBatch(embeds, layout, ids=ids))  # [B, T, D]
         if self.style.images != "masked":
             return {"hidden": hidden, "targets": next_targets(labels)}
-        drawing = (batch["task"] == TASKS.index("t2i"))[:, None]
+        drawing = row_tasks(batch) == TASKS.index("t2i")
         own = slots | (drawing & (batch["segment"] > 0))  # [B, T]
         return {
             "hidden": hidden,
@@ -200,6 +203,8 @@ class Unified(DrawsImages, UnifiedRows, WritesUnified, Model):
             shown = torch.where(hidden, self.vocabulary.mask_id, codes)
             drawn = hidden
         wanted = torch.where(drawn, codes, IGNORE)
+        if (order := batch.get("image_order")) is not None:
+            shown, wanted = shown[order], wanted[order]
         return ids.masked_scatter(slots, shown), labels.masked_scatter(slots, wanted)
 
     def _draw(self, batch: Mapping[str, Tensor], codes: Tensor) -> Tensor:

@@ -207,13 +207,15 @@ class UnifiedLatent(UnifiedRows, DrawsLatents, Model):
             clean, given = clean.new_zeros(1, *clean.shape[1:]), given.new_zeros(1)
         noisy, level, target = self._noised(batch, clean, given, blank=not count)
         tokens, skips = self.patch_codec.encode(noisy, level)  # [N, n, D]
-        layout = layout_of(batch["segment"], self.style, slots=slots, padding="right")
+        layout = layout_of(batch["segment"], self.style, slots=slots, padding="right", document=batch.get("document"))
         if not count:
             hidden = self.decoder(TokenBatch(embeds + 0.0 * tokens.sum(), layout, ids=ids))
             states = tokens
         else:
             # places in row order; their number is known without looking, so that nothing waits for the device
             at = slots.flatten().int().argsort(descending=True, stable=True)[: count * self.places]  # [N n]
+            if (order := batch.get("image_order")) is not None:
+                at = at.view(count, self.places)[order.argsort()].flatten()
             embeds = embeds.flatten(0, 1).index_copy(0, at, tokens.flatten(0, 1).to(embeds.dtype)).view_as(embeds)
             hidden = self.decoder(TokenBatch(embeds, layout, ids=ids))  # [B, T, D]
             states = hidden.flatten(0, 1)[at].view(count, self.places, -1)  # [N, n, D]

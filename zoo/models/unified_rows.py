@@ -38,6 +38,7 @@ class UnifiedRows(OwnsTokenizer):
     """
 
     tokenizer_of: ClassVar[str] = "decoder_config"
+    reads_packed_rows: ClassVar[bool] = True
 
     config: Any
     decoder_config: DecoderConfig

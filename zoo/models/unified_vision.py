@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.connectors.base import Connector, ConnectorConfig
-from zoo.data.sequences import TASKS
+from zoo.data.sequences import TASKS, row_tasks
 from zoo.decoders.base import DecoderConfig
 from zoo.encoders.base import Encoder, ImageEncoderConfig
 from zoo.errors import ConfigError
@@ -109,8 +109,7 @@ class UnifiedVision(MaskedUnified):
     # -- tensors ---------------------------------------------------------------------------------------------------
 
     def _code_slots(self, batch: Mapping[str, Tensor]) -> Tensor:
-        understood = (batch["task"] == TASKS.index("mmu"))[:, None]
-        return batch["image_slots"] & ~understood
+        return batch["image_slots"] & (row_tasks(batch) != TASKS.index("mmu"))
 
     def _fill(self, batch: Mapping[str, Tensor], ids: Tensor, labels: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         return super()._fill(batch, ids, labels, self._code_slots(batch))
@@ -121,7 +120,10 @@ class UnifiedVision(MaskedUnified):
         values = batch["eye_values"]
         _check_slots(seen, len(values), self.seen)
         if len(values):
-            return embeds.masked_scatter(seen[..., None], self.image_features(values).to(embeds.dtype))
+            features = self.image_features(values)  # [M, n, D]
+            if (order := batch.get("eye_order")) is not None:
+                features = features[order]
+            return embeds.masked_scatter(seen[..., None], features.to(embeds.dtype))
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.connector.parameters())):
             return embeds
         # no row is understood: a blank image of weight zero keeps the connector in the graph, or DDP would hang

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.data.sequences import TASKS
+from zoo.data.sequences import TASKS, row_tasks
 from zoo.errors import ConfigError, near
 from zoo.objectives.base import Objective, over_ranks
 from zoo.recipe import ObjectiveConfig
@@ -113,7 +113,7 @@ class NextToken(Objective):
             raise ConfigError(
                 "next-token weighs tasks, but the batch does not say whose rows are whose: leave tasks out"
             )
-        task = batch["task"][:, None].expand_as(kept)[kept]  # [M]
+        task = row_tasks(batch).expand_as(kept)[kept]  # [M]
         numbers = torch.arange(len(TASKS), device=task.device)
         own = task == numbers[:, None]  # [tasks, M]
         nats = F.cross_entropy(logits, wanted, reduction="none", label_smoothing=self.label_smoothing)
