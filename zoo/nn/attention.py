@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.nn import flex
 from zoo.nn.cache import KVCache, Pair
 from zoo.nn.config import TrunkConfig
 from zoo.nn.experts import Route, expert_or_one, run
@@ -150,9 +151,7 @@ class Attention(nn.Module):
             p = self.dropout if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, mask, p, causal, enable_gqa=grouped)
         else:
-            from torch.nn.attention.flex_attention import flex_attention
-
-            out = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+            out = flex.attend(q, k, v, mask, grouped)
         out = out.transpose(1, 2).flatten(2)  # [B, T, heads * head]
         if self.sub_norm is not None:
             out = run(self.sub_norm, out, route)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.layout import Layout
+from zoo.nn import flex
 from zoo.nn.attention import Mask, Reading
 from zoo.nn.block import Block
 from zoo.nn.cache import KVCache
@@ -33,6 +34,7 @@ class Trunk(nn.Module):
     ``final_norm``, ``rel_bias``; a routed unit has its expert number behind its name (``ffn.1.up``, ``attn.q.0``).
     """
 
+    kernel: str = "auto"  # of self-attention under a mask: zoo.nn.flex.KERNELS
     _kept_frequencies: Tensor | None = None
 
     def __init__(self, config: TrunkConfig) -> None:
@@ -119,6 +121,8 @@ class Trunk(nn.Module):
             return mask, False
         causal = False
         if mask is None and layout is not None:
+            if flex.chosen(self.kernel, self.config, layout, x, cache is not None, self.training):
+                return flex.block_mask(layout), False
             mask, causal = layout.attend(rows)
             if causal and (self.config.bias_kv or self.rel_bias is not None):
                 mask, causal = layout.mask(), False
