@@ -15,11 +15,16 @@ import pytest
 from PIL import Image
 
 from zoo.cli import main
+from zoo.data.images import ImageTransform
+from zoo.data.loader import loader
 from zoo.data.order import SampleOrder, share, training_order
 from zoo.data.pack import Packing, pack
+from zoo.data.processor import PairProcessor
 from zoo.data.sample import BadSample, Sample, Source
 from zoo.data.shard_samples import key_of, members_of, read_members, sample_of, tar_bytes
-from zoo.data.shards import LIST, Shards, ShardsConfig, WindowOrder, index_path
+from zoo.data.shards import LIST, Shards, ShardsConfig, index_path
+from zoo.data.text import OpenMojiBpeConfig
+from zoo.data.window import WindowOrder
 from zoo.errors import ConfigError, DataError
 
 SCENES = {"name": "openmoji-scenes", "icons": "train", "kinds": 12, "objects": 1}
@@ -250,7 +255,7 @@ def test_damage_is_named(packed: Path) -> None:
     assert isinstance(source, Shards)
     ids = source._shards[2].ids
     source.sample(ids[0])
-    with pytest.raises(BadSample, match="its shard is damaged here"):
+    with pytest.raises(BadSample, match=r"sample .*: damaged \(.*\), in the shard train-000002.tar"):
         source.sample(ids[1])
     source.sample(ids[2])
     with pytest.raises(DataError, match=r"the shard train-000002.tar is damaged \(its checksum is another\)"):
@@ -261,6 +266,45 @@ def test_damage_is_named(packed: Path) -> None:
     shard.unlink()
     with pytest.raises(DataError, match=r"the shard train-000002.tar .* is missing"):
         ShardsConfig(root=str(packed)).build()
+
+
+def test_readers_of_a_damaged_shard_skip_what_they_may_and_then_stop(packed: Path, folder: Path) -> None:
+    shard = packed / "train-000002.tar"
+    places = np.load(index_path(shard))["places"]
+    damaged = bytearray(shard.read_bytes())
+    for row in (1, 2):
+        damaged[places[row][0] : places[row][0] + 512] = b"x" * 512
+    shard.write_bytes(damaged)
+    bad = Shards(ShardsConfig(root=str(packed)))._shards[2].ids[1:3]
+
+    def seen(max_bad: int) -> list[str]:
+        source = ShardsConfig(root=str(packed), max_bad=max_bad).build()
+        order = SampleOrder(source.ids("train"), 0)
+        processor = PairProcessor(ImageTransform(size=8), OpenMojiBpeConfig().build(), 24)
+        steps = loader(source, processor, order, 10, stop_step=5, workers=2)
+        return [str(row.tolist()) for batch in steps for row in batch["input_ids"]]
+
+    assert len(seen(max_bad=2)) == 50
+    with pytest.raises(DataError, match=rf"2 samples cannot be read.*({bad[0]}|{bad[1]}).*shard train-000002.tar"):
+        seen(max_bad=1)
+
+
+def test_fewer_shards_than_readers(tmp_path: Path, folder: Path) -> None:
+    """One shard and eight readers: four ranks of two workers each; every sample is read once an epoch."""
+    pack(Packing(data=plan(folder, tmp_path).data, out=tmp_path / "one", samples=1000, splits=("train",)))
+    source = ShardsConfig(root=str(tmp_path / "one")).build()
+    assert isinstance(source, Shards)
+    assert len(source._shards) == 1
+    order = SampleOrder(source.ids("train"), 0)
+    processor = PairProcessor(ImageTransform(size=8), OpenMojiBpeConfig().build(), 24)
+
+    def texts(**readers: int) -> list[str]:
+        batches = loader(source, processor, order, 20, stop_step=5, **readers)
+        return [str(row[row != processor.tokenizer.pad_id].tolist()) for b in batches for row in b["input_ids"]]
+
+    found = [text for rank in range(4) for text in texts(rank=rank, world_size=4, workers=2)]
+    assert sorted(found) == sorted(texts())
+    assert len(found) == 100
 
 
 def test_bad_settings_are_one_line(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.data.order import HASHED, Draw, SampleOrder
+from zoo.data.order import HASHED, Draw, Order, SampleOrder
 from zoo.data.sample import Sample, Source, SourceConfig
 from zoo.errors import ConfigError, DataError, near
 
@@ -114,30 +114,36 @@ class Mixture:
     def order(self, split: str, seed: int) -> MixtureOrder:
         """Return the order of training samples."""
         rates = {name: rate for name, rate in self.rates().items() if rate}
-        return MixtureOrder({name: self.sources[name].ids(split) for name in rates}, rates, seed)
+        orders = {name: source_order(self.sources[name], split, seed, name) for name in rates}
+        return MixtureOrder(orders, rates, seed)
+
+
+def source_order(source: Source, split: str, seed: int, name: str) -> Order:
+    """The order of one source of a mixture: its own where it has one (shards by windows), and a stream of its own, so
+    that two sources of one size are not read in step."""
+    seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+    own: Any = getattr(source, "order", None)
+    order: Order = own(split, seed) if own is not None else SampleOrder(source.ids(split), seed)
+    return order
 
 
 class MixtureOrder:
     """An endless sequence of (id, draw) in which every source has its share of every block, to within one sample.
 
     The places of a block are dealt out in a random order keyed by (seed, block); the samples of one source follow its
-    own ``SampleOrder``, so that none is repeated before all were seen. Any place is found without those before it.
+    own order, so that none is repeated before all were seen. Any place is found without those before it.
 
     Args:
-        ids: source -> its ids.
+        orders: source -> the order of its samples.
         rates: source -> share, adding up to 1.
         seed: of the order.
     """
 
-    def __init__(self, ids: Mapping[str, Sequence[str]], rates: Mapping[str, float], seed: int = 0) -> None:
-        self.names = tuple(ids)
+    def __init__(self, orders: Mapping[str, Order], rates: Mapping[str, float], seed: int = 0) -> None:
+        self.names = tuple(orders)
         self.rates = tuple(rates[name] for name in self.names)
         self.seed = seed
-        # each has its own stream, so that two sources of one size are not read in step
-        self.orders = tuple(
-            SampleOrder(ids[name], int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big"))
-            for name in self.names
-        )
+        self.orders = tuple(orders.values())
         self.block = max(BLOCK, math.ceil(2 / min(self.rates)))  # a share of one sample or more in each
         self._dealt = lru_cache(maxsize=4)(self._deal)
 
@@ -177,7 +183,7 @@ class MixtureOrder:
         if count > HASHED:
             digest.update(f"{count}/{self.seed}/{self.rates}/{self.block}\0".encode())
             for order in self.orders:
-                digest.update(order.hash(0).encode() + str(len(order)).encode() + b"\0")
+                digest.update(order.hash(HASHED + 1).encode() + b"\0")  # says all ids
         return digest.hexdigest()
 
     def __getstate__(self) -> dict[str, object]:

@@ -125,7 +125,8 @@ def _images(slots: Tensor, wanted: Tensor, order: Sequence[int]) -> Tensor:
 
 @dataclass
 class Fill:
-    """How full sequences were: what packing saved.
+    """How full sequences were: what packing saved. It counts the batches that this process has read since it started,
+    one ahead of training included.
 
     Attributes:
         length: Of a sequence.

@@ -101,9 +101,9 @@ def read_members(data: bytes, id: str) -> dict[str, bytes]:
                     assert file is not None
                     found[key_of(member.name)[1]] = file.read()
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise BadSample(id, f"its shard is damaged here ({error})") from None
+        raise BadSample(id, f"damaged ({error})") from None
     if not found:
-        raise BadSample(id, "its shard is damaged here (no files)")
+        raise BadSample(id, "damaged (no files)")
     return found
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.data.image_files import check_fractions, near_path, split_of
-from zoo.data.order import Order, SampleOrder
+from zoo.data.order import Order
 from zoo.data.sample import SPLITS, BadSample, Sample, SourceConfig, check_split, stable_hash
 from zoo.data.shard_samples import key_of, read_members, sample_of
+from zoo.data.window import WindowOrder
 from zoo.errors import ConfigError, DataError
 
 LIST = "shards.json"
@@ -167,7 +168,10 @@ class Shards:
         data = os.pread(self._file(number), stop - start, start)
         if len(data) < stop - start:
             raise BadSample(id, f"the shard {shard.path.name} ends before it")
-        found = sample_of(read_members(data, id), id, self.config.max_pixels)
+        try:
+            found = sample_of(read_members(data, id), id, self.config.max_pixels)
+        except BadSample as error:
+            raise BadSample(id, f"{error.reason}, in the shard {shard.path.name}") from None
         if self.packed is not None and found.id != id:
             raise BadSample(id, f"the shard {shard.path.name} has {found.id!r} in its place")
         return found
@@ -194,30 +198,6 @@ class Shards:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
-
-
-class WindowOrder(SampleOrder):
-    """An order that stays within ``window`` shards at a time: shards in an order drawn for the epoch, samples shuffled
-    among those of a window. As every order a pure function of ids and seed, so that readers and resumes agree."""
-
-    def __init__(self, ids: list[str], seed: int, blocks: list[NDArray[np.int64]], window: int) -> None:
-        super().__init__(ids, seed)
-        self.blocks, self.window = blocks, window
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        keys = np.random.PCG64(np.random.SeedSequence((self.seed, epoch))).random_raw(len(self.ids) + len(self.blocks))
-        shards = np.argsort(keys[len(self.ids) :], kind="stable")
-        out = []
-        for first in range(0, len(shards), self.window):
-            rows = np.concatenate([self.blocks[n] for n in shards[first : first + self.window]])
-            out.append(rows[np.argsort(keys[rows], kind="stable")])
-        return np.concatenate(out)
-
-    def hash(self, count: int) -> str:
-        return f"{super().hash(count)}/window={self.window}" if self.window else super().hash(count)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "blocks": self.blocks, "window": self.window}
 
 
 def index_path(shard: Path) -> Path:
