@@ -45,7 +45,6 @@ from zoo.layout_facts import (
     look_for_spans,
     merged,
     merged_runs,
-    numbers,
     picture,
     positions,
     static_runs,
@@ -127,14 +126,13 @@ class Layout:
         Raises:
             ConfigError: shapes or values do not fit together, or a real row would read nothing.
         """
-        segment, relation, modality, names = fitted(segment, relation, modality, names)
+        segment, relation, modality, names, table = fitted(segment, relation, modality, names)
         batch, length = segment.shape
-        if (visible := segment.device.type == "cpu") and segment.numel():
+        if segment.device.type == "cpu" and segment.numel():
             check_ids(segment, relation, modality)
             padding = padding or look_at_padding(segment >= 0)
             spans = spans or look_for_spans(modality)
         padding = padding or "any"
-        table = numbers(relation) if visible and relation.shape[0] == 1 else None
         layout = cls(
             segment=segment,
             modality=modality,

@@ -122,14 +122,15 @@ def fitted(
     relation: Tensor | Sequence[Sequence[int]],
     modality: Tensor | None,
     names: Sequence[str] | None,
-) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
-    """What ``Layout.from_ids`` is given in one form: ``[B, T]``, ``[1 | B, S, S]``, ``[B, T]`` and S names; refuses
-    shapes that do not fit together."""
+) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...], Table | None]:
+    """What ``Layout.from_ids`` is given in one form: ``[B, T]``, ``[1 | B, S, S]``, ``[B, T]``, S names, and the
+    relation as numbers where it is one for all rows and comes from the host; refuses shapes that do not fit together.
+    """
     if segment.ndim != 2:
         raise ConfigError(f"segment has shape {tuple(segment.shape)}; expected [batch, tokens]")
     batch, segment = len(segment), segment.long()
     relation = torch.as_tensor(relation, dtype=torch.uint8)
-    relation = (relation[None] if relation.ndim == 2 else relation).to(segment.device)
+    relation = relation[None] if relation.ndim == 2 else relation
     count = relation.shape[-1]
     if relation.ndim != 3 or relation.shape[-2] != count or relation.shape[0] not in (1, batch):
         raise ConfigError(f"relation has shape {tuple(relation.shape)}; expected [1 or {batch}, S, S]")
@@ -141,7 +142,8 @@ def fitted(
     names = tuple(names) if names is not None else tuple(f"s{i}" for i in range(count))
     if len(names) != count:
         raise ConfigError(f"{len(names)} segment names for a relation of {count} segments; give one name each")
-    return segment, relation, modality, names
+    table = numbers(relation) if relation.device.type == "cpu" and relation.shape[0] == 1 else None
+    return segment, relation.to(segment.device), modality, names, table
 
 
 def check_ids(segment: Tensor, relation: Tensor, modality: Tensor) -> None:

@@ -60,6 +60,8 @@ class StepDataset(Dataset[_Step]):
         self.train = train
         self.features = features
         self.pack = pack
+        placeholder = getattr(processor, "image_token_id", None)
+        self.image = None if placeholder is None else (int(placeholder), int(getattr(processor, "image_tokens", 0)))
 
     def __getitem__(self, step: int) -> _Step:
         bad: dict[str, str] = {}
@@ -74,7 +76,7 @@ class StepDataset(Dataset[_Step]):
         places = self.order.slice(start, stop)
         ids = [place.id for place in places]
         batch = self._rows(places, ids, start, bad)
-        return pack(batch, self.pack, ids) if self.pack else batch
+        return pack(batch, self.pack, ids, self.image) if self.pack else batch
 
     def _rows(self, places: list[Draw], ids: list[str], start: int, bad: dict[str, str]) -> Batch:
         draws = [place.draw for place in places]

@@ -17,8 +17,8 @@ from torch import Tensor
 from zoo.data.sequences import IGNORE, TASKS
 from zoo.errors import ConfigError, DataError
 
-OF_TOKENS = ("input_ids", "attention_mask", "segment", "labels", "image_slots")
-"""What a batch of rows holds of every token (``zoo.data.sequences.collate``)."""
+OF_TOKENS = {"input_ids", "attention_mask", "segment", "labels", "image_slots"}
+"""What a batch of rows holds of every token: ``zoo.data.sequences.collate``'s, of which a bridge's has some."""
 
 PADS = {"segment": -1, "labels": IGNORE}
 """What stands at pads; 0 where nothing is said."""
@@ -32,8 +32,9 @@ def check_packing(model: Any, length: int) -> None:
     """
     if not getattr(model, "reads_packed_rows", False):
         raise ConfigError(
-            f"trainer.pack = {length}: {type(model).__name__} reads no packed rows, only wirings that write text and"
-            " images as one sequence do (unified, unified-latent, unified-vision): set trainer.pack=0"
+            f"trainer.pack = {length}: {type(model).__name__} reads no packed rows, only wirings that lay text and"
+            " images out as one sequence do (unified, unified-latent, unified-vision, and bridge where neither its"
+            " connector reads the text nor its decoder lays rows out itself): set trainer.pack=0"
         )
     if length < model.row_length:
         raise ConfigError(
@@ -62,18 +63,21 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return sequences
 
 
-def pack(batch: dict[str, Tensor], length: int, ids: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Lay the B rows of ``collate``'s batch out as P sequences of ``length`` tokens.
+def pack(
+    batch: dict[str, Tensor], length: int, ids: Sequence[str] = (), image: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """Lay the B rows of a batch out as P sequences of ``length`` tokens.
 
     Pads of rows are left out, and no row predicts the first token of the one behind it.
 
     Args:
         ids: The rows' samples, for the message of an error.
+        image: The placeholder of an image and how many an image has, where the batch has no ``image_slots``.
 
     Returns:
         The batch with [P, length] in place of every [B, T], and beside it ``document`` [P, length] int64, the row that
         a token belongs to (-1 at pads), ``image_order`` [N] int64, which of the N images stands in the k-th group of
-        ``image_slots``, and ``eye_order`` [M] likewise for images that an encoder reads (``eye_values``). What is one
+        slots, and ``eye_order`` [M] likewise for images that an encoder reads (``eye_values``). What is one
         a row (``task``, ``text_bytes``) or one an image keeps its order.
 
     Raises:
@@ -101,23 +105,27 @@ def pack(batch: dict[str, Tensor], length: int, ids: Sequence[str] = ()) -> dict
             at += sizes[row]
     kept, source = source >= 0, source.clamp(min=0)
     out = dict(batch)
-    for name in OF_TOKENS:
+    for name in OF_TOKENS & batch.keys():
         values = batch[name].flatten()[source] if kept.any() else source.to(batch[name].dtype)
         out[name] = torch.where(kept, values, torch.tensor(PADS.get(name, 0), dtype=values.dtype))
     out["labels"] = out["labels"].masked_fill(begins, IGNORE)
     order = [row for rows in sequences for row in rows]
-    seen = torch.zeros(len(sizes), dtype=torch.bool)
+    if (slots := batch.get("image_slots")) is not None:
+        starts = slots & ~torch.nn.functional.pad(slots[:, :-1], (1, 0))  # an image is never next to another
+        counts = starts.sum(1)  # [B] images of the rows
+    else:
+        assert image is not None
+        counts = (batch["input_ids"] == image[0]).sum(1) // image[1]
     if "eye_values" in batch:
         seen = batch["task"] == TASKS.index("mmu")
-        out["eye_order"] = _images(batch["image_slots"], seen, order)
-    return out | {"document": document, "image_order": _images(batch["image_slots"], ~seen, order)}
+        out["eye_order"] = _images(counts * seen, order)
+        counts = counts * ~seen
+    return out | {"document": document, "image_order": _images(counts, order)}
 
 
-def _images(slots: Tensor, wanted: Tensor, order: Sequence[int]) -> Tensor:
-    """The images of the rows ``wanted`` [B], numbered in the rows' own order, as they stand when the rows stand in
+def _images(counts: Tensor, order: Sequence[int]) -> Tensor:
+    """The images of rows, ``counts`` [B], numbered in the rows' own order, as they stand when the rows stand in
     ``order``."""
-    starts = slots & ~torch.nn.functional.pad(slots[:, :-1], (1, 0))  # an image is never next to another
-    counts = starts.sum(1) * wanted  # [B]
     first = (counts.cumsum(0) - counts).tolist()
     numbers = [first[row] + image for row in order for image in range(int(counts[row]))]
     return torch.tensor(numbers, dtype=torch.long)
@@ -145,7 +153,8 @@ class Fill:
 
     def add(self, batch: dict[str, Tensor]) -> None:
         """Count a packed batch."""
-        document, rows = batch["document"], len(batch["task"])
+        document = batch["document"]
+        rows = int(document.max()) + 1
         sizes = torch.bincount(document[document >= 0], minlength=1)
         self.tokens += int(sizes.sum())
         self.places += document.numel()

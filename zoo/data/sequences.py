@@ -471,11 +471,12 @@ def layout_of(
 
 
 def restarted(document: Tensor) -> Tensor:
-    """Positions [B, T] that count from 0 in each document of ``document`` [B, T], whose tokens stand together."""
+    """Positions [B, T] that count from 0 in each document of ``document`` [B, T], whose tokens stand together; 0 at
+    pads (-1), of which there may be more than a table of positions has rows."""
     place = torch.arange(document.shape[1], device=document.device)
     begins = torch.ones_like(document, dtype=torch.bool)
     begins[:, 1:] = document[:, 1:] != document[:, :-1]
-    return place - torch.where(begins, place, 0).cummax(1).values
+    return (place - torch.where(begins, place, 0).cummax(1).values).masked_fill(document < 0, 0)
 
 
 def row_tasks(batch: Mapping[str, Tensor]) -> Tensor:

@@ -201,7 +201,7 @@ class CausalLM(Decoder):
         self.width = self._embedding.weight.shape[1]
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
-        self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
         self._soft_cap = getattr(library, "final_logit_softcapping", None)
         self._scale = getattr(library, "logit_scale", None) or 1 / (getattr(library, "logits_scaling", None) or 1)
 
@@ -224,7 +224,7 @@ class CausalLM(Decoder):
         mask, position = self._attention(batch.layout, rows, cached=cache is not None)
         if batch.layout.position.ndim != 2:
             raise ConfigError(f"decoder family {self.config.family!r} counts positions on one axis, the layout on more")
-        inputs: dict[str, Any] = {"position_ids": position} if self._takes_positions else {}
+        inputs: dict[str, Any] = {"position_ids": position} if self.takes_positions else {}
         hidden: Tensor = self._base(
             inputs_embeds=batch.embeds,  # [B, rows, D]
             attention_mask=mask,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.connectors.base import Connector, ConnectorConfig
+from zoo.data.sequences import restarted
 from zoo.decoders.base import Decoder, DecoderConfig
 from zoo.encoders.base import Encoder, ImageEncoderConfig
 from zoo.errors import ConfigError
@@ -150,9 +151,9 @@ class Bridge(OwnsTokenizer, ScoresPlainText, WritesText, Model):
         Also read are ``attention_mask`` [B, T] (pads behind the text), ``labels`` [B, T] (-100 = no target; the label
         of a token stands in its own place, as transformers have it), and ``has_image`` [B] where some rows show none
         (their images are not looked at). Without ``has_image`` the images come in the order of their slots, any number
-        a row. ``image_tokens`` [N, n_enc, D_enc], what the encoder made of the images, may stand in place of the
-        pixels. ``instruction_ids`` [B, Tq] and ``instruction_mask`` [B, Tq] are the instruction in the vocabulary of a
-        connector that reads it.
+        a row, or as ``image_order`` says where rows are packed (``document``, ``zoo.data.packing``). ``image_tokens``
+        [N, n_enc, D_enc], what the encoder made of the images, may stand in place of the pixels. ``instruction_ids``
+        [B, Tq] and ``instruction_mask`` [B, Tq] are the instruction in the vocabulary of a connector that reads it.
 
         Returns:
             ``hidden`` [B, T, width] and ``targets`` [B, T], the id each row should predict: the labels shifted by one.
@@ -163,8 +164,8 @@ class Bridge(OwnsTokenizer, ScoresPlainText, WritesText, Model):
             pixels = None if pixels is None else pixels[has_image]
             encoded = None if encoded is None else encoded[has_image]
         text = self._instruction(batch)
-        embeds = self._splice(ids, pixels, text=text, image_tokens=encoded)
-        layout = self._layout(ids, batch.get("attention_mask"), padding="right")
+        embeds = self._splice(ids, pixels, text=text, image_tokens=encoded, order=batch.get("image_order"))
+        layout = self._layout(ids, batch.get("attention_mask"), padding="right", document=batch.get("document"))
         hidden = self.decoder(TokenBatch(embeds, layout))  # [B, T, D]
         return {"hidden": hidden, "targets": F.pad(labels[:, 1:], (0, 1), value=IGNORE)}
 
@@ -232,12 +233,14 @@ class Bridge(OwnsTokenizer, ScoresPlainText, WritesText, Model):
         features: Tensor | None = None,
         text: Features | None = None,
         image_tokens: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> Tensor:
         """Embeddings [B, T, D] with image tokens in place of the placeholders.
 
         Args:
             features: [N, n, D], the connector's tokens, where they are known.
             text: Instructions of the rows, from ``_instruction``.
+            order: [N], the image in each group of slots, where they do not stand in their order (packed rows).
 
         Raises:
             ConfigError: Slots and image tokens differ in number (on an accelerator an assertion, so that nothing waits
@@ -260,9 +263,16 @@ class Bridge(OwnsTokenizer, ScoresPlainText, WritesText, Model):
             first = None if text is None else Features(text.tokens[:1], None if text.mask is None else text.mask[:1])
             return embeds + 0.0 * self.image_features(blank, first).sum()
         _check_slots(slots, features.shape[0], features.shape[1])
+        features = features if order is None else features[order]
         return embeds.masked_scatter(slots[..., None], features.to(embeds.dtype))
 
-    def _layout(self, ids: Tensor, attention_mask: Tensor | None, padding: Padding | None = None) -> Layout:
+    def _layout(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        padding: Padding | None = None,
+        document: Tensor | None = None,
+    ) -> Layout:
         """Plain causal attention over text and image tokens alike, unless the decoder arranges them otherwise;
         positions do not count pads in front.
 
@@ -285,7 +295,21 @@ class Bridge(OwnsTokenizer, ScoresPlainText, WritesText, Model):
         )
         # rows may hold their images anywhere, so that a token's modality is known by its id alone
         slots = ids == self.image_token_id  # [B, T]
-        return self.decoder.arrange(replace(layout, modality=slots.long(), spans=None), ids, slots)
+        layout = replace(layout, modality=slots.long(), spans=None)
+        if document is not None:
+            return replace(layout, position=restarted(document)).separate(document)
+        return self.decoder.arrange(layout, ids, slots)
+
+    @property
+    def reads_packed_rows(self) -> bool:  # type: ignore[override]
+        """Where nothing but the causal rule, positions and the order of the slots ties a row together."""
+        own = type(self) is Bridge and type(self.decoder).arrange is Decoder.arrange
+        return own and not self.connector.reads_text and getattr(self.decoder, "takes_positions", True)
+
+    @property
+    def row_length(self) -> int:
+        """Longest row."""
+        return self.decoder_config.context_length
 
     # -- what surrounds the tensors --------------------------------------------------------------------------------
 
