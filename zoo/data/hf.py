@@ -26,10 +26,11 @@ class HfConfig(SourceConfig):
 
     ``path`` is a folder or file of parquet or arrow, a folder that ``save_to_disk`` wrote, or the id of a dataset on
     the hub (``config`` and ``revision`` are the hub's). Columns are named: ``image`` (bytes, or ``datasets``' images;
-    empty = text alone), ``texts`` (each a text or a list of texts), ``question`` with ``answers`` (a text or a list of
-    them each; the first answer is trained on), and ``id`` (empty = the number of the row). ``splits`` says which split
-    of the dataset is train, val and test (``{val: validation}``); by default those of these names. Where the dataset
-    has one split alone, ``val_fraction`` and ``test_fraction`` of it are held out by a hash of the ids.
+    empty = text alone), ``texts`` (columns joined by ``+``, each a text or a list of texts), ``question`` with
+    ``answers`` (a text or a list of them each; the first answer is trained on), and ``id`` (empty = the number of the
+    row). ``splits`` says which split of the dataset is train, val and test (``{val: validation}``); by default those of
+    these names. Where the dataset has one split alone, ``val_fraction`` and ``test_fraction`` of it are held out by a
+    hash of the ids.
 
     ``streaming`` reads parquet files where they lie, a row group at a time, without copying them into Arrow files
     first: row groups are shuffled, and samples among ``window`` of them at a time. Up to ``max_bad`` rows that cannot
@@ -41,7 +42,7 @@ class HfConfig(SourceConfig):
     config: str = ""
     revision: str = ""
     image: str = "image"
-    texts: list[str] = field(default_factory=list)
+    texts: str = ""
     question: str = ""
     answers: str = ""
     id: str = ""
@@ -80,6 +81,7 @@ class HfDataset:
             raise ConfigError(f"data.window = {config.window}: expected 1 or more row groups")
         check_fractions(config.val_fraction, config.test_fraction)
         self.config = config
+        self.columns = tuple(filter(None, config.texts.split("+")))
         self.max_bad = config.max_bad
         if config.streaming:
             self.tables = streamed(config.path, config.revision, config.splits, config.window)
@@ -113,13 +115,11 @@ class HfDataset:
     def _check_columns(self, table: Table) -> None:
         c = self.config
         named = {"image": c.image, "question": c.question, "answers": c.answers, "id": c.id}
-        wanted = [(key, name) for key, name in named.items() if name] + [("texts", name) for name in c.texts]
+        wanted = [(key, name) for key, name in named.items() if name] + [("texts", name) for name in self.columns]
         for key, name in wanted:
             if name not in table.columns:
-                raise ConfigError(
-                    f"data.{key} = {name!r} is no column of {c.path!r}{near(name, table.columns)}; it has"
-                    f" {', '.join(table.columns)}"
-                )
+                hint = near(name, table.columns) or f"; it has {', '.join(table.columns)}"
+                raise ConfigError(f"data.{key} = {name!r} is no column of {c.path!r}{hint}")
 
     def _ids(self, split: str, table: Table) -> list[str]:
         if self.config.id:
@@ -150,9 +150,9 @@ class HfDataset:
             raise BadSample(id, "the dataset has no such row")
         split, number = self._rows[id]
         row, c = self.tables[split].row(number), self.config
-        texts = tuple(text for name in c.texts for text in _texts(row[name], id, name))
-        if c.texts and not texts:
-            raise BadSample(id, f"no text in {' or '.join(map(repr, c.texts))}")
+        texts = tuple(text for name in self.columns for text in _texts(row[name], id, name))
+        if self.columns and not texts:
+            raise BadSample(id, f"no text in {' or '.join(map(repr, self.columns))}")
         meta: dict[str, Any] = {}
         if c.question:
             asked, given = _texts(row[c.question], id, c.question), _answers(row[c.answers], id, c.answers)
