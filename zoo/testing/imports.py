@@ -20,6 +20,7 @@ PUBLIC = (
     "zoo.decoders.*",
     "zoo.denoisers.*",
     "zoo.diffusion.*",
+    "zoo.draws",  # of training, equal under any number of processes
     "zoo.encoders.*",
     "zoo.errors",
     "zoo.evaluation.*",
