@@ -13,6 +13,7 @@ COMMANDS = (
     _command("list", "names of models, parts, datasets and tasks"),
     _command("show", "what a model is made of: parts, parameters, FLOPs, attention layout"),
     _command("train", "train and evaluate: zoo train model=clip scale=tiny (-m sweeps)"),
+    _command("sweep", "a sweep here or, with --slurm, as one job array; --status, --wait"),
     _command("compare", "a sweep, its evaluation and one page about it; resumes, repeats nothing"),
     _command("eval", "evaluate a finished run or a checkpoint"),
     _command("generate", "text for images, or images from texts (--text, --edit, --mask)"),

@@ -18,15 +18,43 @@ INTERRUPTED = 130
 
 
 def launch(folder: Path, devices: int, nodes: int = 1) -> int:
-    """Run ``folder`` on several devices of this machine and wait; returns the exit status.
+    """Run ``folder`` on several devices, of several nodes too, and wait; returns the exit status.
 
-    On several nodes, start the same command on each with torchrun's rendezvous options; this starts the local ranks
-    only.
+    Raises:
+        RunError: As ``command``.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices}", f"--nnodes={nodes}"]
+    return subprocess.run(command(folder, devices, nodes), check=False).returncode
+
+
+def command(folder: Path, devices: int, nodes: int = 1) -> list[str]:
+    """What starts the ranks of a run.
+
+    On one node every run has a rendezvous of its own on a port that the system gives, so that any number of runs share
+    a machine. On several, which a Slurm allocation names, srun starts one torch.distributed.run a node; they meet at
+    the first, on a port that follows from the job's id.
+
+    Raises:
+        RunError: Several nodes outside of an allocation of as many.
+    """
+    ranks = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices}", f"--nnodes={nodes}"]
+    worker = ["-m", "zoo.worker", str(folder)]
     if nodes == 1:
-        command.append("--standalone")
-    return subprocess.run([*command, "-m", "zoo.worker", str(folder)], check=False).returncode
+        return [*ranks, "--standalone", *worker]
+    from zoo.errors import RunError
+
+    job, given = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_JOB_NUM_NODES", "0")
+    if not job or int(given) < nodes:
+        here = f"this Slurm job has {given}" if job else "this is no Slurm job"
+        raise RunError(
+            f"trainer.nodes = {nodes}, but {here}: start it with zoo sweep --slurm, or on each node as"
+            f" 'torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
+            f" -m zoo.worker {folder}'"
+        )
+    hosts = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True).stdout.split()
+    cores = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over from sbatch
+    step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    meet = [f"--rdzv-id={job}", "--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0]}:{20000 + int(job) % 20000}"]
+    return [*step, *([f"--cpus-per-task={cores}"] if cores else []), *ranks, *meet, *worker]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

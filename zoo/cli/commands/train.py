@@ -14,7 +14,7 @@ from zoo.cli.experiments import read_experiment, split_first
 from zoo.cli.jobs import Outcome, check_offline, outcome_of, prepare_folder, record, run_folder
 from zoo.cli.tune import TRIALS, TuneConfig, adopt, checked, choose, trial, trials, tuned
 from zoo.errors import ConfigError, RunError, near
-from zoo.registry import parse
+from zoo.registry import parse, to_plain
 from zoo.run_config import RunConfig, starts
 
 USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
@@ -35,7 +35,7 @@ USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
   out=FOLDER                                  where run directories go (default: outputs)
 
 The same command goes on where an interrupted one stopped. --dry-run prints the resolved runs and stops.
-zoo compare does the same and writes the report of these runs."""
+zoo compare does the same and writes the report of these runs; zoo sweep --slurm hands them to a cluster."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -143,7 +143,7 @@ class Sweep:
                     run, found = tuned(run, out) if tune else (run, None)
                 except RunError:  # said already
                     return "failed"
-                folder = run.directory(out)
+                folder = next((place for place, config in self.configs.items() if config == run), run.directory(out))
                 if found:
                     adopt(folder, found, run, out)
             outcome = run_folder(folder, run)
@@ -177,12 +177,7 @@ def train(argv: Sequence[str]) -> list[Outcome]:
     unknown = [a for a in argv if a.startswith("-") and a not in flags]
     if unknown:
         raise ConfigError(f"unknown option {unknown[0]!r}: zoo train takes KEY=VALUE, -m and --dry-run")
-    multirun = "-m" in argv or "--multirun" in argv
-    firsts, sweeps = resolved([a for a in argv if a not in flags], multirun)  # all that can be wrong is found here
-    pending = {str(folder) for sweep in firsts.values() for folder in sweep.configs}
-    for sweep in (*firsts.values(), *sweeps):
-        for config in sweep.configs.values():
-            check_offline(config, pending)
+    firsts, sweeps = planned([a for a in argv if a not in flags], "-m" in argv or "--multirun" in argv)
     if "--dry-run" in argv:
         show({f: c for sweep in (*firsts.values(), *sweeps) for f, c in {**sweep.tries, **sweep.configs}.items()})
         return []
@@ -207,6 +202,20 @@ def train(argv: Sequence[str]) -> list[Outcome]:
         if any(o.status == "interrupted" for o in outcomes):
             break
     return outcomes
+
+
+def planned(overrides: Sequence[str], multirun: bool) -> tuple[dict[str, Sweep], list[Sweep]]:
+    """As ``resolved``, every run of it checked as far as that takes no training.
+
+    Raises:
+        ZooError: Anything that can be found wrong before the first run starts.
+    """
+    firsts, sweeps = resolved(overrides, multirun)
+    pending = {str(folder) for sweep in firsts.values() for folder in sweep.configs}
+    for sweep in (*firsts.values(), *sweeps):
+        for config in sweep.configs.values():
+            check_offline(config, pending)
+    return firsts, sweeps
 
 
 def resolved(overrides: Sequence[str], multirun: bool) -> tuple[dict[str, Sweep], list[Sweep]]:
@@ -257,7 +266,7 @@ def resolve(overrides: list[str], multirun: bool, places: Mapping[str, str]) -> 
     prepared, written = prepare(overrides), written_keys(overrides)
     if is_sweep(overrides) and not multirun:
         raise ConfigError("several values for one key are a sweep: add -m")
-    configs: dict[Path, RunConfig] = {}
+    runs: list[RunConfig] = []
     tune, out = None, "outputs"
     for job in expand(prepared) if multirun else [prepared]:
         plain, choices = composed(job)
@@ -265,8 +274,27 @@ def resolve(overrides: list[str], multirun: bool, places: Mapping[str, str]) -> 
         tune, out = to_tune(plain), str(plain["out"])
         if tune:
             checked(tune, config)
-        configs[config.directory(out)] = config
-    return Sweep(prepared, written, multirun, out, configs, tune, dict(places))
+        runs.append(config)
+    return Sweep(prepared, written, multirun, out, in_folders(runs, out), tune, dict(places))
+
+
+def in_folders(runs: Sequence[RunConfig], out: str) -> dict[Path, RunConfig]:
+    """Folder -> run. Runs that differ only in how they are executed (``trainer.devices=1,2``) have one hash, hence one
+    folder; in a sweep over that they are runs of their own, told apart by what differs.
+    """
+    same: dict[Path, list[RunConfig]] = {}
+    for run in runs:
+        found = same.setdefault(run.directory(out), [])
+        if run.trainer not in [other.trainer for other in found]:
+            found.append(run)
+    configs: dict[Path, RunConfig] = {}
+    for folder, found in same.items():
+        plain = [to_plain(run.trainer) for run in found]
+        differ = [key for key in plain[0] if any(values[key] != plain[0][key] for values in plain)]
+        for run, values in zip(found, plain, strict=True):
+            told = "".join(f"-{key}={values[key]}".replace("/", "-") for key in differ)
+            configs[folder.with_name(folder.name + told)] = run
+    return configs
 
 
 def to_tune(plain: Mapping[str, Any]) -> TuneConfig | None:
