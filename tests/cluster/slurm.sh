@@ -51,6 +51,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
 KillWait=5
+# how long a requeued job waits
+AuthInfo=cred_expire=20
 MinJobAge=600
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=2
 # more cores than the machine may have
@@ -80,10 +82,21 @@ stop() {
     folder=$1
     export SLURM_CONF="$folder/slurm.conf"
     scancel --user="$(id -un)" 2>/dev/null || :
+    tries=0
+    while [ -n "$(squeue --noheader --states=all --format=%T 2>/dev/null | grep -E 'RUNNING|COMPLETING')" ]; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 100 ] || break # what does not end goes with its node
+        sleep 0.2
+    done
     for name in slurmd-one slurmd-two slurmctld; do
-        if [ -f "$folder/$name.pid" ]; then
-            kill "$(cat "$folder/$name.pid")" 2>/dev/null || :
-        fi
+        pid=$(cat "$folder/$name.pid" 2>/dev/null || :)
+        [ -n "$pid" ] || continue
+        kill "$pid" 2>/dev/null || :
+        tries=0
+        while kill -0 "$pid" 2>/dev/null && [ "$tries" -lt 50 ]; do
+            tries=$((tries + 1))
+            sleep 0.2
+        done
     done
     if [ -f "$folder/munged" ]; then
         kill "$(cat /run/munge/munged.pid)" 2>/dev/null || :

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.fakes import FakeSlurm
+from zoo import worker
 from zoo.cli import main
 from zoo.cli.commands import sweep as command
 from zoo.cluster.script import Options, ranges, submissions
 from zoo.cluster.sweep import Job, SlurmSweep, sweeps_of
+from zoo.errors import RunError
 from zoo.run_config import RunConfig
 
 TINY = ["model=clip", "scale=tiny", "trainer.accelerator=cpu", "budget.value=1", "evaluation.tasks={}", "tracking=none"]
@@ -151,7 +153,7 @@ def test_a_learning_rate_search_is_an_array_of_trials_and_then_one_of_runs(
     slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "runs"
-    own = ["evaluation.tasks=[naming]", "tune=lr3", "tune.factors=[1,3]", "tune.metric=naming/accuracy", "seed=0,1"]
+    own = ["evaluation.tasks=[naming]", "tune=lr3", "tune.factors=[1,3]", "tune.metric=naming/top1", "seed=0,1"]
     line = [text for text in TINY if "tasks" not in text] + [*own, f"out={out}", "--slurm"]
     assert main(["sweep", *line]) == 0
     assert "2 of 2 trials of the learning-rate search submitted" in capsys.readouterr().out
@@ -159,7 +161,7 @@ def test_a_learning_rate_search_is_an_array_of_trials_and_then_one_of_runs(
     assert record.folder.name.endswith("-trials")
     for job, value in zip(record.jobs, (0.25, 0.75), strict=True):
         says(Path(job.directory), "done")
-        (Path(job.directory) / "metrics.json").write_text(json.dumps({"naming": {"accuracy": value}}))
+        (Path(job.directory) / "metrics.json").write_text(json.dumps({"naming": {"top1": value}}))
         slurm.end(job.task, "COMPLETED")
     assert main(["sweep", *line]) == 0
     assert "2 of 2 runs submitted" in capsys.readouterr().out
@@ -197,7 +199,7 @@ def test_what_can_be_wrong_is_one_line_and_nothing_is_submitted(
 ) -> None:
     out = tmp_path / "runs"
     line = [*TINY, "seed=0,1", f"out={out}", "--slurm"]
-    assert "encoder.wdth" in refused(capsys, *line, "encoder.wdth=1,2")  # of the second variant as of the first
+    assert "wdth" in refused(capsys, *line, "encoder.wdth=1,2")  # of the second variant as of the first
     assert "--partition" in refused(capsys, *TINY, "--partition", "gpu")
     assert "--gpus many" in refused(capsys, *line, "--gpus", "many")
     assert "--slrum" in refused(capsys, *TINY, "--slrum")
@@ -240,3 +242,30 @@ def test_what_goes_to_sbatch_together() -> None:
     assert not [text for text in parts[1].command(record, {}) if "dependency" in text]
     assert "--nodes=2" in parts[3].command(record, {})
     assert ranges([7, 0, 1, 2, 5]) == "0-2,5,7"
+
+
+def test_how_the_ranks_of_a_run_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    assert "--standalone" in worker.command(folder, 2)  # a rendezvous and a port of its own
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(RunError, match=r"trainer.nodes = 2, but this is no Slurm job: .*zoo sweep --slurm"):
+        worker.command(folder, 4, 2)
+    hosts = tmp_path / "scontrol"
+    hosts.write_text("#!/bin/sh\necho n7\necho n8\n")
+    hosts.chmod(0o755)
+    for name, value in {"PATH": str(tmp_path), "SLURM_JOB_ID": "40123", "SLURM_CPUS_PER_TASK": "6"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    with pytest.raises(RunError, match="this Slurm job has 1"):
+        worker.command(folder, 4, 2)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    command = worker.command(folder, 4, 2)
+    assert command[:6] == [
+        "srun",
+        "--nodes=2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+        "--cpus-per-task=6",
+    ]
+    assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=n7:20123", "--rdzv-id=40123"} <= set(command)

@@ -113,7 +113,10 @@ def _attempt(folder: Path, config: RunConfig) -> Outcome:
     if devices > 1:
         from zoo.worker import INTERRUPTED, launch
 
-        status = launch(folder, config.trainer.devices, config.trainer.nodes)
+        try:
+            status = launch(folder, config.trainer.devices, config.trainer.nodes)
+        except RunError as error:  # there are not as many nodes
+            return Outcome(folder, "failed", str(error))
         if status == 0:
             return done(folder)
         if status == INTERRUPTED:

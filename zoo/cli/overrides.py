@@ -23,7 +23,12 @@ PLAIN = ("seed", "out", "batch_size", "lr_factor", "evaluation", "init")
 """Top-level keys of conf/train.yaml that are no group."""
 
 HYDRA_EXTRAS = {
-    "hydra/launcher": {"joblib": ("hydra_joblib_launcher", "hydra-joblib-launcher", "joblib")},
+    "hydra/launcher": {
+        "joblib": ("hydra_joblib_launcher", "hydra-joblib-launcher", "joblib"),
+        "ray": ("hydra_ray_launcher", "hydra-ray-launcher", "ray"),
+        "submitit_local": ("hydra_submitit_launcher", "hydra-submitit-launcher", "submitit"),
+        "submitit_slurm": ("hydra_submitit_launcher", "hydra-submitit-launcher", "submitit"),
+    },
 }
 """Hydra group -> option -> the plugin's module, its package, and the extra of mmzoo that brings it."""
 

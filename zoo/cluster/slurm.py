@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -68,7 +68,7 @@ def queue(names: Iterable[str]) -> dict[str, list[Queued]]:
     found: dict[str, list[Queued]] = {name: [] for name in names}
     if not found:
         return found
-    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--name={','.join(found)}"]
+    command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", f"--name={','.join(found)}"]
     done = _run([*command, "--format=%i|%T|%r|%j"])
     if done.returncode:
         raise RunError(

@@ -174,11 +174,12 @@ def refresh(sweeps: Sequence[SlurmSweep]) -> dict[str, list[Queued]]:
 
 
 def run_state(directory: Path) -> tuple[str, str]:
-    """Status and error of a run's own manifest; empty where there is none."""
-    from zoo.compare.rundir import Run
-
-    manifest = Run.read(directory).manifest
-    return str(manifest.get("status") or ""), str(manifest.get("error") or "")
+    """Status and error of a run's own manifest, empty where there is none; only this is read, as it is asked often."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        return str(manifest.get("status") or ""), str(manifest.get("error") or "")
+    except (OSError, ValueError, AttributeError):
+        return "", ""
 
 
 def how_it_ended(state: str, error: str, by_slurm: str, log: Path) -> tuple[str, str]:

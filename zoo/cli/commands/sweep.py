@@ -61,44 +61,47 @@ POLL = 15.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0 when all was submitted, or with --wait and without --slurm when all runs are done; 2 when one failed,
+    """Returns 0 when all was submitted or, with --wait or without --slurm, when all runs are done; 2 when one failed,
     130 when interrupted.
     """
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0
     settings, flags, values = split_options(argv)
-    if "--slurm" not in flags and not ({"--status", "--wait"} & flags):
-        if values:
-            raise ConfigError(f"{next(iter(values))} is an option of --slurm: add --slurm, or leave it out")
-        from zoo.cli.commands.train import main as train
+    if "--status" not in flags and "--slurm" in flags:
+        return on_slurm(settings, flags, values, argv)
+    if values:
+        raise ConfigError(f"{next(iter(values))} goes with submitting: zoo sweep KEY=VALUE ... --slurm")
+    if {"--status", "--wait"} & flags:
+        return asked(settings, flags)
+    from zoo.cli.commands.train import main as train
 
-        return train([*settings, "-m", *(["--dry-run"] if "--dry-run" in flags else [])])
-    names = [text for text in settings if "=" not in text]
-    if "--slurm" not in flags:
-        given = [text for text in settings if "=" in text and not text.startswith("out=")]
-        if given:
-            raise ConfigError(
-                f"{given[0]}: --status and --wait alone take names of sweeps and out=FOLDER; or add --slurm"
-            )
-        sweeps = recorded(names, Path(next((t[4:] for t in settings if t.startswith("out=")), "outputs")))
-    elif names:
-        raise ConfigError(f"{names[0]!r} is no KEY=VALUE")
-    else:
+    return train([*settings, "-m", *(["--dry-run"] if "--dry-run" in flags else [])])
+
+
+def on_slurm(settings: Sequence[str], flags: set[str], values: Mapping[str, Sequence[str]], argv: Sequence[str]) -> int:
+    """Submit what is missing, and with --wait stay until it is over."""
+    sweep, trying = submitted(settings, flags, values, argv)
+    if "--dry-run" in flags or "--wait" not in flags:
+        return 0
+    while trying:
+        wait([sweep])
         sweep, trying = submitted(settings, flags, values, argv)
-        if "--dry-run" in flags:
-            return 0
-        while trying and "--wait" in flags:
-            wait([sweep])
-            sweep, trying = submitted(settings, flags, values, argv)
-        sweeps = [sweep]
+    wait([sweep])
+    return show([sweep])
+
+
+def asked(texts: Sequence[str], flags: set[str]) -> int:
+    """--status and --wait of sweeps that were submitted."""
+    names = [text for text in texts if not text.startswith("out=")]
+    for text in names:
+        if "=" in text:
+            raise ConfigError(f"{text}: --status, and --wait without --slurm, take names of sweeps and out=FOLDER")
+    sweeps = recorded(names, Path(next((text[4:] for text in texts if text.startswith("out=")), "outputs")))
     if "--wait" in flags:
         wait(sweeps)
-    if "--status" in flags or "--wait" in flags:
-        show(sweeps)
-    if "--wait" in flags:
-        return 2 if any(job.state != "done" for sweep in sweeps for job in sweep.jobs) else 0
-    return 0
+    status = show(sweeps)
+    return status if "--wait" in flags else 0
 
 
 def split_options(argv: Sequence[str]) -> tuple[list[str], set[str], dict[str, list[str]]]:
@@ -386,8 +389,12 @@ def wait(sweeps: Sequence[SlurmSweep]) -> None:
         time.sleep(POLL)
 
 
-def show(sweeps: Sequence[SlurmSweep]) -> None:
-    """Where every run stands, and why; lines that a terminal may wrap, so that folders can be copied."""
+def show(sweeps: Sequence[SlurmSweep]) -> int:
+    """Where every run stands, and why, in lines that a terminal may wrap: folders can be copied.
+
+    Returns:
+        0 when all runs are done, else 2.
+    """
     for sweep in sweeps:
         print(sweep.command)
         width = max(len(job.task) for job in sweep.jobs)
@@ -397,6 +404,7 @@ def show(sweeps: Sequence[SlurmSweep]) -> None:
                 print(f"      {job.note}")
         done = sum(job.state == "done" for job in sweep.jobs)
         print(f"{sweep.folder.name}: {done} of {counted(len(sweep.jobs))} are done")
+    return 2 if any(job.state != "done" for sweep in sweeps for job in sweep.jobs) else 0
 
 
 def warn_of_local(out: Path) -> None:

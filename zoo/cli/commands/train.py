@@ -126,6 +126,7 @@ class Sweep:
 
         stopped: list[Path] = []
         written, places, tries = self.written, self.places, self.tries if trying else {}
+        configs = self.configs  # a launcher may send this function to another process, with what it holds
 
         def job(config: DictConfig) -> str:
             if stopped:  # Ctrl-C ends the sweep, not only its current job
@@ -143,7 +144,7 @@ class Sweep:
                     run, found = tuned(run, out) if tune else (run, None)
                 except RunError:  # said already
                     return "failed"
-                folder = next((place for place, config in self.configs.items() if config == run), run.directory(out))
+                folder = next((place for place, known in configs.items() if known == run), run.directory(out))
                 if found:
                     adopt(folder, found, run, out)
             outcome = run_folder(folder, run)
