@@ -16,8 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 when it is done, ``zoo.worker.INTERRUPTED`` when it stopped on request and can go on, else 2.
     """
-    for number in (signal.SIGUSR1, signal.SIGTERM):  # before and after training, which listens itself
-        signal.signal(number, stop)
+    signal.signal(signal.SIGTERM, stop)  # before and after training, which listens itself
+    signal.signal(signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     # Where one process finds this variable, Lightning requeues jobs of Slurm; the script does so here.
     os.environ.pop("SLURM_NTASKS", None)
     record, index = (sys.argv[1:] if arguments is None else arguments)[:2]
