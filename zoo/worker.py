@@ -50,11 +50,22 @@ def command(folder: Path, devices: int, nodes: int = 1) -> list[str]:
             f" 'torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
             f" -m zoo.worker {folder}'"
         )
-    hosts = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True).stdout.split()
     cores = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over from sbatch
     step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    meet = [f"--rdzv-id={job}", "--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0]}:{20000 + int(job) % 20000}"]
+    meet = [f"--rdzv-id={job}", "--rdzv-backend=c10d", f"--rdzv-endpoint={first_host()}:{20000 + int(job) % 20000}"]
     return [*step, *([f"--cpus-per-task={cores}"] if cores else []), *ranks, *meet, *worker]
+
+
+def first_host() -> str:
+    """The name by which the first node of this Slurm job knows itself; Slurm's name for it need not resolve."""
+
+    def scontrol(*words: str) -> list[str]:
+        done = subprocess.run(["scontrol", "--oneliner", "show", *words], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    first = scontrol("hostnames")[0]
+    fields = dict(word.split("=", 1) for word in scontrol("node", first) if "=" in word)
+    return fields.get("NodeHostName", first)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

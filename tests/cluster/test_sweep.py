@@ -250,8 +250,8 @@ def test_how_the_ranks_of_a_run_are_started(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(RunError, match=r"trainer.nodes = 2, but this is no Slurm job: .*zoo sweep --slurm"):
         worker.command(folder, 4, 2)
-    hosts = tmp_path / "scontrol"
-    hosts.write_text("#!/bin/sh\necho n7\necho n8\n")
+    hosts = tmp_path / "scontrol"  # names of nodes need not be those that resolve
+    hosts.write_text('#!/bin/sh\n[ "$3" = node ] && echo "NodeName=$4 NodeHostName=h-$4 " || echo "n7 n8"\n')
     hosts.chmod(0o755)
     for name, value in {"PATH": str(tmp_path), "SLURM_JOB_ID": "40123", "SLURM_CPUS_PER_TASK": "6"}.items():
         monkeypatch.setenv(name, value)
@@ -268,4 +268,4 @@ def test_how_the_ranks_of_a_run_are_started(tmp_path: Path, monkeypatch: pytest.
         "--kill-on-bad-exit=1",
         "--cpus-per-task=6",
     ]
-    assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=n7:20123", "--rdzv-id=40123"} <= set(command)
+    assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=h-n7:20123", "--rdzv-id=40123"} <= set(command)
