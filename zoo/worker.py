@@ -21,22 +21,26 @@ def launch(folder: Path, devices: int, nodes: int = 1) -> int:
     """Run ``folder`` on several devices, of several nodes too, and wait; returns the exit status.
 
     Raises:
-        RunError: As ``command``.
+        RunError: As ``start_command``.
     """
-    return subprocess.run(command(folder, devices, nodes), check=False).returncode
+    return subprocess.run(start_command(folder, devices, nodes), check=False).returncode
 
 
-def command(folder: Path, devices: int, nodes: int = 1) -> list[str]:
+def start_command(folder: Path, devices: int, nodes: int = 1, restarts: int = 0) -> list[str]:
     """What starts the ranks of a run.
 
     On one node every run has a rendezvous of its own on a port that the system gives, so that any number of runs share
     a machine. On several, which a Slurm allocation names, srun starts one torch.distributed.run a node; they meet at
     the first, on a port that follows from the job's id.
 
+    Args:
+        restarts: How often torch elastic starts all ranks again when one was lost.
+
     Raises:
         RunError: Several nodes outside of an allocation of as many.
     """
     ranks = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices}", f"--nnodes={nodes}"]
+    ranks.append(f"--max-restarts={restarts}")
     worker = ["-m", "zoo.worker", str(folder)]
     if nodes == 1:
         return [*ranks, "--standalone", *worker]

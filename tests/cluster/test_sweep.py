@@ -246,10 +246,10 @@ def test_what_goes_to_sbatch_together() -> None:
 
 def test_how_the_ranks_of_a_run_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
-    assert "--standalone" in worker.command(folder, 2)  # a rendezvous and a port of its own
+    assert "--standalone" in worker.start_command(folder, 2)  # a rendezvous and a port of its own
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(RunError, match=r"trainer.nodes = 2, but this is no Slurm job: .*zoo sweep --slurm"):
-        worker.command(folder, 4, 2)
+        worker.start_command(folder, 4, 2)
     hosts = tmp_path / "scontrol"  # names of nodes need not be those that resolve
     hosts.write_text('#!/bin/sh\n[ "$3" = node ] && echo "NodeName=$4 NodeHostName=h-$4 " || echo "n7 n8"\n')
     hosts.chmod(0o755)
@@ -257,9 +257,9 @@ def test_how_the_ranks_of_a_run_are_started(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     with pytest.raises(RunError, match="this Slurm job has 1"):
-        worker.command(folder, 4, 2)
+        worker.start_command(folder, 4, 2)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    command = worker.command(folder, 4, 2)
+    command = worker.start_command(folder, 4, 2)
     assert command[:6] == [
         "srun",
         "--nodes=2",
