@@ -123,7 +123,8 @@ def test_first_runs_are_tasks_that_others_wait_for(
 ) -> None:
     out = tmp_path / "runs"
     # the eye of experiment=connectors, without its learning-rate search
-    line = ["experiment=connectors", "scale=tiny", "connector=linear", "seed=0,1", "tune=none", f"out={out}", "--slurm"]
+    own = ["connector=linear", "wiring.visual_tokens=0", "seed=0,1", "tune=none", f"out={out}"]
+    line = ["experiment=connectors", "scale=tiny", *own, "--slurm"]
     assert main(["sweep", *line]) == 0
     assert "1 run that come first" in capsys.readouterr().out
     eye, rest = slurm.submitted()
@@ -184,7 +185,7 @@ def test_wait_returns_when_nothing_is_on_its_way(
         says(Path(record.jobs[index].directory), "done" if index else "interrupted")
         slurm.end(f"101_{index}", "COMPLETED" if index else "PREEMPTED")
 
-    monkeypatch.setattr(command.time, "sleep", later)
+    monkeypatch.setattr(command, "sleep", later)
     assert main(["sweep", "--wait", "mine", f"out={out}"]) == 2
     said = capsys.readouterr().out
     assert "2 queued" in said

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import sleep, strftime
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ConfigError, RunError, near
@@ -382,11 +382,11 @@ def wait(sweeps: Sequence[SlurmSweep]) -> None:
         states = sorted({job.state for job in jobs})
         line = ", ".join(f"{sum(job.state == state for job in jobs)} {state}" for state in states)
         if line != said:
-            print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+            print(f"{strftime('%H:%M:%S')}  {line}", flush=True)
             said = line
         if not any(job.state in ("queued", "running") for job in jobs):
             return
-        time.sleep(POLL)
+        sleep(POLL)
 
 
 def show(sweeps: Sequence[SlurmSweep]) -> int:
