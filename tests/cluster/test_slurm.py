@@ -133,11 +133,18 @@ def test_a_run_that_is_told_to_stop_is_requeued_and_goes_on(slurm: None, tmp_pat
 
 def test_a_run_on_two_nodes(slurm: None, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    own = ["budget.value=2", "trainer.nodes=2", f"data.root={pictures(tmp_path / 'photos')}", f"out={out}"]
+    own = [
+        "budget.value=2",
+        "trainer.nodes=2",
+        "trainer.log_every=1",
+        f"data.root={pictures(tmp_path / 'photos')}",
+        f"out={out}",
+    ]
     assert main(["sweep", *TINY, *own, "--slurm", "--wait"]) == 0
     (job,) = only(out).jobs
     assert job.nodes == 2
-    assert queue([only(out).job_name]) == {only(out).job_name: []}
+    assert [line["step"] for line in read_lines(Path(job.directory) / "curve.jsonl")] == [1, 2]
+    until(lambda: not queue([only(out).job_name])[only(out).job_name])  # the ranks end with the run
 
 
 def test_slurms_own_words_are_passed_on(slurm: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -403,7 +403,7 @@ def show(sweeps: Sequence[SlurmSweep]) -> int:
             if job.note:
                 print(f"      {job.note}")
         done = sum(job.state == "done" for job in sweep.jobs)
-        print(f"{sweep.folder.name}: {done} of {counted(len(sweep.jobs))} are done")
+        print(f"{sweep.folder.name}: {done} of {len(sweep.jobs)} runs are done")
     return 2 if any(job.state != "done" for sweep in sweeps for job in sweep.jobs) else 0
 
 
