@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from zoo.errors import WeightsError
-from zoo.strategies import full
 from zoo.torchvision_ops import ensure
 
 ensure()  # lightning imports torchmetrics, which imports torchvision
@@ -65,8 +64,7 @@ class WeightAverage(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors on the CPU; under FSDP every rank must ask."""
-        return {"averages": {name: full(average).cpu() for name, average in self.averages.items()}}
+        return {"averages": dict(self.averages)}  # under FSDP each rank's part, which its shard of a checkpoint holds
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = dict(state_dict["averages"])

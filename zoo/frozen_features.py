@@ -123,7 +123,7 @@ def open_features(
     module: ZooModule,
     source: Source,
     drawn: int | None,
-    state: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Any] | None = None,
     progress: Any = None,
 ) -> RunFeatures:
     """Open the run's set, compare a few images with what is there, and encode what is not.
@@ -132,7 +132,7 @@ def open_features(
 
     Args:
         drawn: Places of the order that the run's steps draw; None where the clock ends them, and every sample may be.
-        state: The checkpoint that the run resumes from: its encoder need not be the module's new one (``init``).
+        weights: Those that the run resumes from: their encoder need not be the module's new one (``init``).
         progress: Called as ``progress(phase, done, total, values)``.
 
     Raises:
@@ -141,8 +141,8 @@ def open_features(
         RunError: The folder cannot be written, or the disk has no room.
     """
     check_cacheable(config, module)
-    if state is not None:
-        module.load_state_dict(state["state_dict"])
+    if weights is not None:
+        module.load_state_dict(weights)
     started = time.perf_counter()
     filler = _Filler(config, module, source, drawn)
     try:

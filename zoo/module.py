@@ -272,6 +272,9 @@ class ZooModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._own_state = checkpoint.get("zoo_own_optimizers", {})
+        if self.own is not None:  # they are made already, as the model's optimizer is
+            self.own.load_state_dict(self._own_state)
+            self._own_state = {}
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         _, report = self.losses(batch)

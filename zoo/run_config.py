@@ -41,6 +41,9 @@ class TrainerConfig(PartConfig):
             each, padded. Draws of dropout are the one thing it changes.
         log_every: Steps between two lines of the curve.
         checkpoint_every: Steps between two resumable checkpoints; 0 = only at the end of a stage and on interruption.
+        keep: How many resumable checkpoints are kept while the run goes on; the last one when it is done.
+        timeout: Seconds that ranks wait for each other before the run ends and says which one did not come.
+        restarts: How often torch elastic starts the ranks of a run anew, from the last checkpoint, when one was lost.
         deterministic: Refuse operations without a deterministic implementation.
         cache_features: Read the tokens of a frozen encoder from disk, where each image's are computed once for all
             runs (``zoo.data.feature_cache``).
@@ -64,6 +67,9 @@ class TrainerConfig(PartConfig):
     pack: int = 0
     log_every: int = 10
     checkpoint_every: int = 100
+    keep: int = 2
+    timeout: float = 1800.0
+    restarts: int = 3
     deterministic: bool = False
     cache_features: bool = False
     cache_dir: str = ""
@@ -85,6 +91,12 @@ class TrainerConfig(PartConfig):
             raise ValueError(f"cache_dtype = {self.cache_dtype!r}{near(self.cache_dtype, CACHE_DTYPES)}")
         if not self.cache_max_gb > 0:
             raise ValueError(f"cache_max_gb = {self.cache_max_gb} must be more than 0")
+        if self.keep < 1:
+            raise ValueError(f"keep = {self.keep} must be 1 or more")
+        if self.restarts < 0:
+            raise ValueError(f"restarts = {self.restarts} must not be negative")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout = {self.timeout} must be more than 0 seconds")
         if self.pack < 0:
             raise ValueError(f"pack = {self.pack} must be 0 (do not pack) or a number of tokens")
         if not 0 <= self.ema < 1:

@@ -16,16 +16,18 @@ import torch
 
 from zoo.averaging import WeightAverage
 from zoo.budget import Plan, open_source, plan
+from zoo.checkpoints import Checkpoint, identity_of, latest
 from zoo.compare import record
 from zoo.compare.cost import cost
-from zoo.curve import METER, Curve, Meter, read_lines
+from zoo.curve import METER, Curve, Meter
 from zoo.data.packing import check_packing, packing_line
 from zoo.errors import RunError
 from zoo.frozen_features import fill_device, open_features
 from zoo.manifest import Manifest, sample_flops, start_manifest, write_json
-from zoo.resuming import Interrupted, Keeper, load_checkpoint, quiet_lightning, save_checkpoint
+from zoo.resuming import Keeper, Saver, Watch, quiet_lightning
 from zoo.run_config import PRECISIONS, RunConfig
 from zoo.strategies import check_devices, gathered, lightning_strategy
+from zoo.survival import STOP, Interrupted, Processes, Stop, full_disk, join
 from zoo.torchvision_ops import ensure
 from zoo.tracking import Tracked, Tracker, flat_metrics, open_tracker
 
@@ -81,20 +83,37 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
 
     Raises:
         Interrupted: Stopped on request; repeating the call goes on.
-        ZooError: Bad data, configuration, weights, or no space; what is on disk stays resumable.
+        ZooError: Bad data, configuration, weights, no space, a loss that is no number, or other ranks are gone; what is
+            on disk stays resumable.
     """
-    from zoo.api import build_module
-
     folder = Path(folder)
     config = RunConfig.read(folder / "run.yaml")
-    main = int(os.environ.get("RANK", "0")) == 0
     ranks = config.trainer.devices * config.trainer.nodes
     present = int(os.environ.get("WORLD_SIZE", "1"))
     if present != ranks:  # Lightning would train on what there is, with half the data and no error
         raise RunError(f"the run is for {ranks} devices but {present} processes were started: start it with zoo train")
     check_devices(config.trainer)
+    processes = join(config.trainer.timeout, config.trainer.accelerator != "cpu" and torch.cuda.is_available())
+    if not processes.several:  # a request to an attempt before; of several processes ``zoo.worker.launch`` removes it
+        (folder / STOP).unlink(missing_ok=True)
+    stop = Stop(folder if processes.rank == 0 else None)
+    try:
+        with stop.listening():
+            return _run(folder, config, progress, say, stop, processes)
+    except (OSError, RuntimeError) as error:
+        told = full_disk(error, folder) or processes.missing(error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _run(folder: Path, config: RunConfig, progress: Any, say: Say, stop: Stop, processes: Processes) -> dict[str, Any]:
+    from zoo.api import build_module
+
+    main = processes.rank == 0
     source = open_source(config)
-    fresh = config.init and not (folder / "checkpoint" / "last.ckpt").is_file()  # what is resumed needs no start
+    state = latest(folder / "checkpoint", identity_of(config), processes, say)
+    fresh = config.init and state is None  # what is resumed needs no start
     module = build_module(config.trained_recipe, config.seed, config.init if fresh else None)
     steps = plan(config, module, source)
     manifest = Manifest(folder, start_manifest(config, module, source, steps), main)
@@ -103,11 +122,13 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
         if main:
             write_json(folder / "init.json", start.to_plain())
             say(str(start))
-    manifest.update(status="running")
+    manifest.update(status="running", stopped_by=None)
     told = Tracked(config.name, config.seed, folder, config.to_plain())
     tracker = open_tracker(config.tracking, told, say) if main else Tracker()
     try:
-        train(folder, config, module, source, manifest, progress if main else None, steps, tracker)
+        train(
+            folder, config, module, source, manifest, progress if main else None, steps, tracker, state, stop, processes
+        )
         module = gathered(module, lambda: build_module(config.trained_recipe, config.seed))
         if torch.distributed.is_initialized():  # one process evaluates; metrics must not wait for the others
             torch.distributed.barrier()
@@ -121,14 +142,17 @@ def run(folder: Path | str, *, progress: Any = None, say: Say = print) -> dict[s
                 say(packing_line(manifest.values["packing"]))
             tracker.result(flat_metrics(evaluate_run(folder, config, module, source, manifest, progress)))
             manifest.update(status="done", error=None)
-    except Interrupted:
-        manifest.update(status="interrupted")
+    except Interrupted as asked:
+        manifest.update(status="interrupted", stopped_by=asked.signal)
         raise
-    except BaseException as error:
+    except BaseException as raised:
+        error = full_disk(raised, folder) or processes.missing(raised) or raised
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         text = " ".join(str(error).split())
         with suppress(RunError):  # when the disk is what failed, the first error says more
             manifest.update(status=status, error=f"{type(error).__name__}: {text}"[:500])
+        if error is not raised:
+            raise error from raised
         raise
     finally:
         tracker.close(str(manifest.values["status"]))
@@ -144,8 +168,11 @@ def train(
     progress: Any,
     steps: Plan,
     tracker: Tracker,
+    state: Checkpoint | None,
+    stop: Stop,
+    processes: Processes,
 ) -> None:
-    """Run the stages that are not complete yet."""
+    """Run the stages that are not complete yet, from where ``state`` stands."""
     if config.trainer.pack:
         check_packing(module.model, config.trainer.pack)
     record.reset_peak_memory()
@@ -154,16 +181,19 @@ def train(
     from zoo.data.loader import loader
     from zoo.data.order import training_order
 
-    path = folder / "checkpoint" / "last.ckpt"
-    state = load_checkpoint(path) if path.is_file() else None
-    done = int(state["zoo_stage"]) if state else 0
-    meter = resumed_meter(state, steps, folder / "curve.jsonl")
+    saver = Saver(folder / "checkpoint", identity_of(config), config.trainer.keep, processes)
+    saver.clear()
+    done = state.stage if state else 0
+    meter = Meter(steps.stages)
+    if state is not None:
+        meter.load(state.plain[METER])
     tracker.resume(sum(meter.steps))
     order = training_order(source, config.seed)
     drawn = None if steps.total is None else steps.total * config.batch_size
     cached = None
     if config.trainer.cache_features:
-        cached = open_features(config, module, source, drawn, state, progress)
+        weights = state.read("state_dict")["state_dict"] if state else None
+        cached = open_features(config, module, source, drawn, weights, progress)
     flops, told = sample_flops(config, cached)
     manifest.update(flops=told, features=None if cached is None else cached.to_plain())
     module.spread(config.seed, config.trainer)
@@ -171,13 +201,13 @@ def train(
     for index in range(done, steps.stages):
         count = steps.steps[index] if steps.steps else None
         limit = steps.seconds[index] if steps.seconds else None
-        start = int(state["global_step"]) if state is not None else 0
+        start = state.stage_step if state is not None else 0
         offset = sum(meter.steps[:index])
         module.set_stage(index)
         module.expect(count if count is not None else math.inf)
         meter.begin(index, limit)
         if state is not None and meter.over(index, count, limit):
-            module.load_state_dict(state["state_dict"])
+            module.load_state_dict(state.read("state_dict")["state_dict"])
             state = None
             continue
         curve = Curve(
@@ -191,8 +221,11 @@ def train(
             tracker,
             manifest.writes,
         )
-        keeper = Keeper(path, config.trainer.checkpoint_every, config.seed, index)
-        callbacks: list[Callback] = [meter, curve, keeper]
+        micro = config.batch_size // config.trainer.accumulate
+        passed = offset * config.trainer.accumulate
+        watch = Watch(order, micro, passed, config.trainer.log_every, config.recipe.stages[index].name, processes)
+        keeper = Keeper(saver, config.trainer.checkpoint_every, config.seed, index, offset, stop, state, watch)
+        callbacks: list[Callback] = [meter, watch, curve, keeper]
         if config.trainer.ema:
             callbacks.insert(0, WeightAverage(config.trainer.ema))
         trainer = make_trainer(config, folder, count, callbacks)
@@ -200,7 +233,7 @@ def train(
             source,
             module.processor,
             order,
-            batch_size=config.batch_size // config.trainer.accumulate,
+            batch_size=micro,
             start_step=(offset + start) * config.trainer.accumulate,
             rank=int(os.environ.get("RANK", "0")),
             world_size=ranks,
@@ -209,12 +242,12 @@ def train(
             features=None if cached is None else cached.features,
             pack=config.trainer.pack,
         )
-        with keeper.listening(), quiet_lightning():
-            trainer.fit(module, batches, ckpt_path=str(path) if state is not None else None, weights_only=True)
-        save_checkpoint(trainer, path)
+        with quiet_lightning(), saver.finishing():
+            trainer.fit(module, batches)
         state = None
         if batches.fill is not None:
             manifest.update(packing=batches.fill.to_plain())
+    saver.finish()
     manifest.update(
         cost=cost(
             steps=meter.steps,
@@ -227,24 +260,6 @@ def train(
             peak_memory_bytes=record.peak_memory_bytes(),
         )
     )
-
-
-def resumed_meter(state: dict[str, Any] | None, steps: Plan, curve: Path) -> Meter:
-    """The meter of a checkpoint; of one from before there were meters, as far as its curve tells."""
-    meter = Meter(steps.stages)
-    if state is None:
-        return meter
-    if METER in state:
-        meter.load(state[METER])
-        return meter
-    stage, start = int(state["zoo_stage"]), int(state["global_step"])
-    meter.steps[:stage] = steps.steps[:stage]
-    meter.steps[stage] = start
-    lines = [line for line in read_lines(curve) if line["step"] <= sum(meter.steps)]
-    if lines:
-        meter.seconds[stage] = float(lines[-1]["seconds"])
-        meter.positions[0] = int(lines[-1].get("tokens", 0))
-    return meter
 
 
 def reporter(progress: Any, steps: Plan) -> Any:

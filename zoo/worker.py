@@ -8,22 +8,70 @@ worker reads the resolved run.yaml, imports no Hydra, and so all ranks of all jo
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-INTERRUPTED = 130
-"""Exit status after a clean stop on request, the shell's convention for Ctrl-C."""
+from zoo.survival import (
+    ENDED,
+    INTERRUPTED,
+    LOST,
+    STOP,
+    Interrupted,
+    RanksLost,
+    asking,
+    read_ended,
+    status_of,
+    write_ended,
+)
 
 
-def launch(folder: Path, devices: int, nodes: int = 1) -> int:
-    """Run ``folder`` on several devices, of several nodes too, and wait; returns the exit status.
+def launch(folder: Path, devices: int, nodes: int = 1, restarts: int = 3) -> int:
+    """Run ``folder`` on several devices of this machine and wait; returns the exit status (``zoo.survival``).
 
-    Raises:
-        RunError: As ``start_command``.
+    A signal to this process becomes a request by file, which the ranks find at the end of a step: torchrun itself would
+    end them after 30 seconds. On several nodes, start the same command on each with torchrun's rendezvous options; this
+    starts the local ranks only.
+
+    Args:
+        restarts: How often torch elastic starts all ranks again, from the last checkpoint, when one was lost.
     """
-    return subprocess.run(start_command(folder, devices, nodes), check=False).returncode
+    command = start_command(folder, devices, nodes, restarts)
+    for name in (ENDED, STOP):  # of an attempt before
+        (folder / name).unlink(missing_ok=True)
+    before = {}
+    with suppress(ValueError):  # not the main thread
+        # torchrun inherits that they are ignored, and must: Slurm may send SIGUSR1 to it too, which would end it
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in asking()}
+    # a group of its own: Ctrl-C in a terminal reaches this process alone
+    apart = 0 if os.name == "posix" else None
+    agent = subprocess.Popen(command, process_group=apart)
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if signal.SIGINT in asked and number == signal.SIGINT:
+            agent.terminate()
+        asked.append(number)
+        with suppress(OSError):
+            (folder / STOP).touch()
+
+    with suppress(ValueError):
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, *before)} | before
+    try:
+        status = agent.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        (folder / STOP).unlink(missing_ok=True)
+    ended = read_ended(folder)
+    if ended is None:
+        return status_of(signal.Signals(asked[0]).name) if asked and status else status
+    if ended["status"] == "interrupted":
+        return INTERRUPTED if signal.SIGINT in asked else status_of(ended["signal"])
+    return 2
 
 
 def start_command(folder: Path, devices: int, nodes: int = 1, restarts: int = 0) -> list[str]:
@@ -74,15 +122,21 @@ def first_host() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank."""
+    folder = Path((arguments or sys.argv[1:])[0])
+    rank = int(os.environ.get("RANK", "0"))
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if again and read_ended(folder) is not None:
+        return 0  # what ended the run would end it again
+    if rank == 0 and not again:
+        (folder / ENDED).unlink(missing_ok=True)
     from zoo.cli.progress import Bars
     from zoo.errors import ZooError
-    from zoo.resuming import Interrupted
     from zoo.run_config import RunConfig
     from zoo.train import run
 
-    folder = Path((arguments or sys.argv[1:])[0])
     try:
-        if int(os.environ.get("RANK", "0")):
+        if rank:
             run(folder)
         else:
             config = RunConfig.read(folder / "run.yaml")
@@ -92,11 +146,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the first step, or asked twice
         return INTERRUPTED
     except Interrupted as stop:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if elastic and not stop.agreed:
+            return LOST  # torchrun sends SIGTERM to the others when it lost one: that is no request of the user's
+        if rank == 0:
             print(f"\ninterrupted at {stop}; the same command goes on from there ({folder})")
-        return INTERRUPTED
+            write_ended(folder, "interrupted", rank, signal=stop.signal)
+        return 0 if elastic else stop.status  # torch elastic takes every other status for a failure
+    except RanksLost as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(LOST)  # at once: a checkpoint's thread may wait for ranks that are gone
     except ZooError as error:
         print(f"error: {error}", file=sys.stderr)
+        write_ended(folder, "failed", rank, error=str(error) if rank == 0 else f"rank {rank}: {error}")
         return 2
     return 0
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 import zoo
 from tests.train.test_run import assert_equal_weights, curve, stop_at
+from zoo.checkpoints import load_checkpoint
 from zoo.cli.overrides import run_config
 from zoo.compare.flops import count_recipe
 from zoo.objectives.adversarial import Adversarial, AdversarialConfig, PatchDiscriminator, adaptive_weight
 from zoo.own_optimizers import OwnOptimizers
-from zoo.resuming import Interrupted, load_checkpoint
+from zoo.survival import Interrupted
 from zoo.train import run
 
 
@@ -154,7 +155,7 @@ def prepared(folder: Path, *overrides: str) -> Path:
 
 
 def judged(folder: Path) -> dict[str, Tensor]:
-    state = load_checkpoint(folder / "checkpoint" / "last.ckpt")["state_dict"]
+    state = load_checkpoint(folder / "checkpoint")["state_dict"]
     return {k: v for k, v in state.items() if k.startswith("objectives.adversarial.")}
 
 
@@ -173,7 +174,7 @@ def test_a_resumed_run_is_bit_equal_in_both_networks(
         stop_at(2, patch)
         with pytest.raises(Interrupted):
             run(stopped)
-    kept = load_checkpoint(stopped / "checkpoint" / "last.ckpt")["zoo_own_optimizers"]["adversarial"]
+    kept = load_checkpoint(stopped / "checkpoint")["zoo_own_optimizers"]["adversarial"]
     assert kept["state"][0]["step"] == 2
     halfway = judged(stopped)
     run(stopped)
@@ -217,7 +218,7 @@ def test_nothing_of_it_happens_before_its_start(tmp_path: Path) -> None:
     assert lines[3]["adversarial"] != 0
     state = judged(folder)
     assert int(state["objectives.adversarial.steps"]) == 4
-    optimizer = load_checkpoint(folder / "checkpoint" / "last.ckpt")["zoo_own_optimizers"]["adversarial"]
+    optimizer = load_checkpoint(folder / "checkpoint")["zoo_own_optimizers"]["adversarial"]
     assert optimizer["state"][0]["step"] == 1
 
 

@@ -30,7 +30,7 @@ from zoo.budget import open_source
 from zoo.data.loader import loader
 from zoo.data.order import training_order
 from zoo.recipe import resolve
-from zoo.resuming import Keeper, quiet_lightning
+from zoo.resuming import Seeds, quiet_lightning
 from zoo.run_config import RunConfig, TrainerConfig
 from zoo.strategies import gathered, is_divided
 from zoo.train import make_trainer
@@ -87,7 +87,7 @@ def train(prepared: Prepared, strategy: str, rank: int, ranks: int) -> dict[str,
         module.expect(spec["steps"])
         losses = Losses()
         with tempfile.TemporaryDirectory() as folder:
-            callbacks: list[Any] = [Keeper(Path(folder) / "last.ckpt", 0, 0, index), losses]
+            callbacks: list[Any] = [Seeds(0, index), losses]
             if config.trainer.ema:
                 callbacks.append(WeightAverage(config.trainer.ema))
             trainer = make_trainer(config, Path(folder), spec["steps"], callbacks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from zoo.api import build_module
 from zoo.budget import UNITS, BudgetConfig, Plan, divided, mean_positions, open_source, plan
+from zoo.checkpoints import load_checkpoint
 from zoo.cli.overrides import run_config
 from zoo.compare.cost import with_cost
 from zoo.compare.flops import count_recipe
@@ -22,8 +24,9 @@ from zoo.manifest import start_manifest
 from zoo.module import schedule
 from zoo.positions import positions, tokens_of_image
 from zoo.recipe import OptimizerConfig
-from zoo.resuming import Interrupted, Keeper, load_checkpoint
+from zoo.resuming import Keeper
 from zoo.run_config import RunConfig
+from zoo.survival import Interrupted
 from zoo.tracking import Tracker
 from zoo.train import run
 
@@ -196,7 +199,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Keeper.on_train_batch_end
 
     def patched(self: Keeper, trainer: Any, *rest: Any) -> None:
-        self.asked = self.asked or trainer.global_step == step
+        self.stop.asked = self.stop.asked or (signal.SIGINT if trainer.global_step == step else 0)
         original(self, trainer, *rest)
 
     monkeypatch.setattr(Keeper, "on_train_batch_end", patched)
@@ -227,11 +230,11 @@ def test_the_clock_ends_stages_at_a_step_border_and_counts_across_a_resume(
         stop_at(2, patch)
         with pytest.raises(Interrupted):
             timed(stopped, monkeypatch)
-    assert load_checkpoint(stopped / "checkpoint" / "last.ckpt")["zoo_meter"]["seconds"] == [2.0, 0.0]
+    assert load_checkpoint(stopped / "checkpoint")["zoo_meter"]["seconds"] == [2.0, 0.0]
     again = timed(stopped, monkeypatch)["cost"]
     assert again["steps"] == 12
     assert again["tokens"] == cost["tokens"]
-    ours, theirs = (load_checkpoint(f / "checkpoint" / "last.ckpt")["state_dict"] for f in (stopped, whole))
+    ours, theirs = (load_checkpoint(f / "checkpoint")["state_dict"] for f in (stopped, whole))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert read_lines(stopped / "curve.jsonl") == lines
 

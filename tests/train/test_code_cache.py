@@ -25,8 +25,8 @@ from zoo.part import PartConfig
 from zoo.plugin import Plugin, registered
 from zoo.recipe import ObjectiveConfig
 from zoo.registry import Component
-from zoo.resuming import Interrupted
 from zoo.run_config import RunConfig
+from zoo.survival import Interrupted
 from zoo.train import run
 
 

@@ -20,8 +20,8 @@ from zoo.compare.flops import count_recipe
 from zoo.data.feature_cache import FeatureStore
 from zoo.errors import ConfigError, DataError
 from zoo.frozen_features import cache_root, check_cacheable, open_features
-from zoo.resuming import Interrupted
 from zoo.run_config import RunConfig
+from zoo.survival import Interrupted
 from zoo.train import run
 
 SIZES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import zlib
@@ -16,7 +17,8 @@ from tests.train.recorder import consumed, recording
 from zoo.cli.overrides import run_config
 from zoo.data.openmoji import OpenMojiConfig
 from zoo.data.order import SampleOrder
-from zoo.resuming import Interrupted, Keeper
+from zoo.resuming import Keeper
+from zoo.survival import Interrupted
 from zoo.train import run
 
 COMMON = [
@@ -57,7 +59,7 @@ def seen(folder: Path, overrides: list[str], how: str, monkeypatch: pytest.Monke
             original = Keeper.on_train_batch_end
 
             def stopping(self: Keeper, trainer: Any, *rest: Any) -> None:
-                self.asked = trainer.global_step == 2
+                self.stop.asked = signal.SIGINT if trainer.global_step == 2 else 0
                 original(self, trainer, *rest)
 
             with monkeypatch.context() as patch:

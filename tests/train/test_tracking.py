@@ -13,8 +13,9 @@ from zoo.cli import main
 from zoo.cli.overrides import run_config
 from zoo.curve import read_lines
 from zoo.errors import ConfigError, MissingExtra
-from zoo.resuming import Interrupted, Keeper
+from zoo.resuming import Keeper
 from zoo.run_config import RunConfig
+from zoo.survival import Interrupted
 from zoo.tracking import (
     Guarded,
     MLflow,

@@ -9,15 +9,21 @@ from pathlib import Path
 
 from zoo.errors import ConfigError, RunError, ZooError
 from zoo.run_config import RunConfig, starts
+from zoo.survival import INTERRUPTED, REQUEUE, Interrupted, read_ended
 
 
 @dataclass
 class Outcome:
-    """How one job of a command ended."""
+    """How one job of a command ended.
+
+    Attributes:
+        signal: Name of the signal that interrupted it; None = Ctrl-C.
+    """
 
     folder: Path
     status: str
     error: str | None = None
+    signal: str | None = None
 
 
 def check_offline(config: RunConfig, pending: Collection[str] = ()) -> None:
@@ -65,7 +71,9 @@ def prepare_folder(folder: Path, config: RunConfig) -> None:
         raise RunError(f"cannot write to {folder}: {error.strerror}; choose another folder with out=FOLDER") from error
 
 
-def record(folder: Path, config: RunConfig, status: str, error: str | None = None) -> Outcome:
+def record(
+    folder: Path, config: RunConfig, status: str, error: str | None = None, signal: str | None = None
+) -> Outcome:
     """Make a run's manifest say how it ended, where the run did not come to it itself, so that a report names it."""
     from zoo.manifest import read_manifest, unstarted_manifest, write_json
 
@@ -73,8 +81,8 @@ def record(folder: Path, config: RunConfig, status: str, error: str | None = Non
     if values.get("status") != status:
         with suppress(RunError):  # a full disk has had its line
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "manifest.json", {**values, "status": status, "error": error})
-    return Outcome(folder, status, error)
+            write_json(folder / "manifest.json", {**values, "status": status, "error": error, "stopped_by": signal})
+    return Outcome(folder, status, error, signal)
 
 
 def outcome_of(folder: Path) -> Outcome:
@@ -82,7 +90,9 @@ def outcome_of(folder: Path) -> Outcome:
     from zoo.compare.rundir import Run
 
     manifest = Run.read(folder).manifest
-    return Outcome(folder, str(manifest.get("status", "not started")), manifest.get("error"))
+    return Outcome(
+        folder, str(manifest.get("status", "not started")), manifest.get("error"), manifest.get("stopped_by")
+    )
 
 
 def done(folder: Path) -> Outcome:
@@ -103,7 +113,9 @@ def run_folder(folder: Path, config: RunConfig) -> Outcome:
         print(f"{folder} is done already; delete it to run it again")
         return Outcome(folder, "done")
     outcome = _attempt(folder, config)
-    return outcome if outcome.status == "done" else record(folder, config, outcome.status, outcome.error)
+    return (
+        outcome if outcome.status == "done" else record(folder, config, outcome.status, outcome.error, outcome.signal)
+    )
 
 
 def _attempt(folder: Path, config: RunConfig) -> Outcome:
@@ -111,18 +123,18 @@ def _attempt(folder: Path, config: RunConfig) -> Outcome:
 
     devices = config.trainer.devices * config.trainer.nodes
     if devices > 1:
-        from zoo.worker import INTERRUPTED, launch
+        from zoo.worker import launch
 
         try:
-            status = launch(folder, config.trainer.devices, config.trainer.nodes)
+            status = launch(folder, config.trainer.devices, config.trainer.nodes, config.trainer.restarts)
         except RunError as error:  # there are not as many nodes
             return Outcome(folder, "failed", str(error))
         if status == 0:
             return done(folder)
-        if status == INTERRUPTED:
-            return Outcome(folder, "interrupted")
-        return Outcome(folder, "failed", f"a worker ended with status {status}; its message is above")
-    from zoo.resuming import Interrupted
+        if status in (INTERRUPTED, REQUEUE):
+            return Outcome(folder, "interrupted", signal=(read_ended(folder) or {}).get("signal"))
+        told = (read_ended(folder) or {}).get("error")
+        return Outcome(folder, "failed", told or f"a worker ended with status {status}; its message is above")
     from zoo.train import run
 
     try:
@@ -131,7 +143,7 @@ def _attempt(folder: Path, config: RunConfig) -> Outcome:
         return done(folder)
     except Interrupted as stop:
         print(f"\ninterrupted at {stop}; the same command goes on from there ({folder})")
-        return Outcome(folder, "interrupted")
+        return Outcome(folder, "interrupted", signal=stop.signal)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on from the last checkpoint ({folder})")
         return Outcome(folder, "interrupted")

@@ -164,18 +164,21 @@ def adopt(folder: Path, record: Mapping[str, Any], config: RunConfig, out: str |
 
     The tuning's record is written into every run's folder as ``tuning.json``.
     """
+    from zoo.checkpoint_storage import found
     from zoo.compare.rundir import Run
 
     if Run.read(folder).status == "done":
         return
     (folder / "tuning.json").write_text(json.dumps(dict(record), indent=1), encoding="utf-8")
-    end = folder / "checkpoint" / "last.ckpt"
     source = Path(out) / record["trial"]
-    if config.seed != record["seed"] or end.exists() or not (source / "checkpoint" / "last.ckpt").is_file():
+    ends = found(source / "checkpoint")
+    if config.seed != record["seed"] or found(folder / "checkpoint") or not ends:
         return
+    end = folder / "checkpoint" / ends[0].name
     end.parent.mkdir(parents=True, exist_ok=True)
     if (source / "curve.jsonl").is_file():
         shutil.copyfile(source / "curve.jsonl", folder / "curve.jsonl")
     partial = end.with_name(end.name + ".partial")
-    shutil.copyfile(source / "checkpoint" / "last.ckpt", partial)
-    partial.replace(end)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(ends[0], partial)
+    partial.rename(end)

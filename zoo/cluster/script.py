@@ -65,7 +65,7 @@ class Options:
 
 def script(sweep: SlurmSweep, options: Options) -> str:
     """The whole job script; each task of the array runs the run of its index."""
-    from zoo.worker import INTERRUPTED
+    from zoo.survival import INTERRUPTED
 
     logs = str(sweep.folder.resolve() / "logs").replace("%", "%%")
     head = {

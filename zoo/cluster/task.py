@@ -14,14 +14,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it here, or by torch.distributed.run on its devices and nodes.
 
     Returns:
-        0 when it is done, ``zoo.worker.INTERRUPTED`` when it stopped on request and can go on, else 2.
+        0 when it is done, ``zoo.survival.INTERRUPTED`` when it stopped on request and can go on, else 2.
     """
     signal.signal(signal.SIGTERM, stop)  # before and after training, which listens itself
     signal.signal(signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     # Where one process finds this variable, Lightning requeues jobs of Slurm; the script does so here.
     os.environ.pop("SLURM_NTASKS", None)
     record, index = (sys.argv[1:] if arguments is None else arguments)[:2]
-    from zoo.worker import INTERRUPTED
+    from zoo.survival import INTERRUPTED
 
     try:
         from zoo.cli.jobs import run_folder

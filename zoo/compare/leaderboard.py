@@ -18,7 +18,10 @@ from zoo.compare.statistics import Difference, differences, paired_estimates
 from zoo.errors import RunError, near
 from zoo.evaluation.catalogue import METRICS, MetricInfo, metric_info
 
-EXECUTION = ("accelerator", "devices", "nodes", "compile", "workers", "log_every", "checkpoint_every", "deterministic")
+EXECUTION = (
+    "accelerator", "devices", "nodes", "compile", "workers", "log_every", "checkpoint_every", "deterministic",
+    "keep", "timeout", "restarts",
+)  # fmt: skip
 """Trainer fields that say how a run is executed, not what it learns."""
 
 

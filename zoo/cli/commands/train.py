@@ -16,6 +16,7 @@ from zoo.cli.tune import TRIALS, TuneConfig, adopt, checked, choose, trial, tria
 from zoo.errors import ConfigError, RunError, near
 from zoo.registry import parse, to_plain
 from zoo.run_config import RunConfig, starts
+from zoo.survival import REQUEUE, requeue, status_of
 
 USAGE = """usage: zoo train model=NAME [KEY=VALUE ...] [-m]
 
@@ -39,8 +40,8 @@ zoo compare does the same and writes the report of these runs; zoo sweep --slurm
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train; returns 0 when all runs are done, 2 when one failed for a reason named in one line, 130 when
-    interrupted.
+    """Train; returns 0 when all runs are done, 2 when one failed for a reason named in one line, 130 or 75 when
+    interrupted (``exit_status``).
     """
     if not argv or "-h" in argv or "--help" in argv:
         print(USAGE)
@@ -53,9 +54,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def exit_status(outcomes: Sequence[Outcome]) -> int:
-    """0 when all runs are done, 130 when one was interrupted, else 2."""
-    if any(o.status == "interrupted" for o in outcomes):
-        return 130
+    """0 when all runs are done, 130 when one was interrupted, 75 when a signal to make room did that, else 2.
+
+    Under Slurm with ``ZOO_REQUEUE=1`` the job is requeued then.
+    """
+    stopped = [o for o in outcomes if o.status == "interrupted"]
+    if stopped:
+        status = max(map(status_of, (o.signal for o in stopped)), key=lambda status: status == REQUEUE)
+        told = requeue() if status == REQUEUE else None
+        if told:
+            print(told, file=sys.stderr)
+        return status
     return 2 if any(o.status != "done" for o in outcomes) else 0
 
 
@@ -94,7 +103,8 @@ class Sweep:
                 prepare_folder(folder, config)
             self._launch([f"++lr_factor={','.join(map(str, self.tune.factors))}"], trying=True)
             if any(outcome_of(folder).status == "interrupted" for folder in self.tries):
-                return [Outcome(folder, "interrupted") for folder in configs]
+                signals = [outcome_of(folder).signal for folder in self.tries]
+                return [Outcome(folder, "interrupted", signal=next(filter(None, signals), None)) for folder in configs]
             choose(configs.values(), self.tune, self.out)
             configs = {}
             for folder, config in self.configs.items():
