@@ -19,6 +19,7 @@ COMMANDS = (
     _command("generate", "text for images, or images from texts (--text, --edit, --mask)"),
     _command("chat", "talk with a model about images in the terminal"),
     _command("report", "leaderboard and one HTML page over runs"),
+    _command("push", "a run's weights to the Hugging Face hub, with a card made from the run"),
     _command("claims", "claims of papers: run their comparisons and say what they show here"),
     _command("demo", "CLIP and three connectors compared on real images, in minutes on a CPU"),
     _command("data", "make datasets: zoo data capfilt cleans captions with a trained BLIP"),
