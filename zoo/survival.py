@@ -246,12 +246,18 @@ def join(timeout: float, cuda: bool) -> Processes:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=limit)))
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+                # torch elastic keeps its store when it starts ranks again, and with it the addresses of those that are
+                # gone. Agents of several nodes count restarts each for itself: there is no number that all share.
+                store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         groups = [dist.new_group(backend="gloo", timeout=limit) for _ in range(3)]
     except RuntimeError as error:
-        rank = os.environ.get("RANK", "0")
+        own = os.environ.get("RANK", "0")
         reason = " ".join(str(error).split())[:150]
-        raise RanksLost(f"rank {rank} did not find all {world} ranks within {timeout:g} seconds: {reason}") from error
+        raise RanksLost(f"rank {own} did not find all {world} ranks within {timeout:g} seconds: {reason}") from error
     return Processes(dist.get_rank(), world, timeout, *groups)
 
 
