@@ -240,17 +240,19 @@ def join(timeout: float, cuda: bool) -> Processes:
 
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     limit = datetime.timedelta(seconds=timeout)
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         if not dist.is_initialized():
-            store, rank, size = next(iter(dist.rendezvous("env://", timeout=limit)))
+            store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
             if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
                 # torch elastic keeps its store when it starts ranks again, and with it the addresses of those that are
                 # gone. Agents of several nodes count restarts each for itself: there is no number that all share.
-                store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+                store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             backend = "nccl" if cuda else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         groups = [dist.new_group(backend="gloo", timeout=limit) for _ in range(3)]
