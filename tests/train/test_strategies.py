@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.train import spread
 from zoo import builtin
 from zoo.api import build_module
 from zoo.cli.commands.train import train
@@ -27,23 +23,23 @@ from zoo.errors import ConfigError, RunError
 from zoo.recipe import resolve
 from zoo.run_config import TrainerConfig
 from zoo.strategies import assert_world_size, blocks, check_devices, checkpoint_blocks
+from zoo.testing.processes import STRATEGIES, WORLDS, Trained, check_losses, train_in_processes
 
 STILL, STILL_EYE = {"trunk": {"drop_path": 0.0}}, {"encoder": {"drop_path": 0.0}}
 """Stochastic depth is drawn by each rank for itself."""
-BOTH, ALL = {"2": ["ddp", "fsdp"]}, {"2": ["ddp", "fsdp"], "4": ["ddp", "fsdp"]}
 MODELS: list[dict[str, Any]] = [
-    {"recipe": "clip", "strategies": ALL, "batch_size": 8},
-    {"recipe": "llava", "strategies": ALL, "trainer": {"accumulate": 2, "ema": 0.5}, "batch_size": 8},
-    {"recipe": "transfusion", "strategies": ALL, "batch_size": 8},
+    {"recipe": "clip", "batch_size": 8},
+    {"recipe": "llava", "trainer": {"accumulate": 2, "ema": 0.5}, "batch_size": 8},
+    {"recipe": "transfusion", "batch_size": 8},
     {"recipe": "show-o", "stages": [0]},
     {"recipe": "show-o-clip-vit", "stages": [0]},
     {"recipe": "blip2-flan-t5"},
     {"recipe": "blip2-opt-staged"},
     {"recipe": "blip2"},
     {"recipe": "coca", "trainer": {"checkpointing": "blocks"}},
-    {"recipe": "blip-nlvr", "values": STILL_EYE},
+    {"recipe": "blip-nlvr", "values": STILL_EYE, "batch_size": 8},
     {"recipe": "vlmo", "values": STILL},
-    {"recipe": "vlmo-staged", "values": STILL, "batch_size": 6, "stages": [1]},
+    {"recipe": "vlmo-staged", "values": STILL, "batch_size": 8, "stages": [1]},
     {"recipe": "beit3-in1k", "values": STILL},
     {"recipe": "albef"},
     {"recipe": "blip"},
@@ -59,7 +55,7 @@ MODELS: list[dict[str, Any]] = [
 
 
 def talk(folder: Path) -> dict[str, Any]:
-    """Dialogues of which every second shows no picture, and so a rank of two whose batch is text alone."""
+    """Dialogues of which two in three show no picture, and so ranks whose batch is text alone."""
     rows: list[dict[str, Any]] = []
     for number in range(16):
         ask = "what is it?" if number % 3 else "<image>\nwhat is it?"
@@ -75,7 +71,6 @@ def talk(folder: Path) -> dict[str, Any]:
         "name": "text",
         "recipe": "llava",
         "data": data,
-        "batch_size": 2,
         "values": values,
         "stages": [1],
         "steps": 4,
@@ -90,50 +85,19 @@ def names_of_the_first(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, str], Any]:
-    """(model, processes, strategy) -> what rank 0 wrote. One process is started; all others are its forks."""
-    folder = tmp_path_factory.mktemp("spread")
-    specs = [{"name": m["recipe"], "batch_size": 4, "steps": 2, "strategies": BOTH, **m} for m in MODELS]
-    specs.append({"strategies": BOTH, **talk(folder)})
-    labelled = next(spec for spec in specs if spec["recipe"] == "beit3-in1k")
-    labelled["values"] = {**labelled["values"], "wiring": {"labels": names_of_the_first(8), "label_key": "name"}}
-    (folder / "models.json").write_text(json.dumps(specs))
-    root = Path(spread.__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    command = [sys.executable, spread.__file__, str(folder / "models.json"), str(folder / "out"), "1", "2", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1200)
-    found: dict[tuple[str, int, str], Any] = {}
-    for ranks in (1, 2, 4):
-        for line in (folder / f"out-{ranks}-0").read_text().splitlines():
-            row = json.loads(line)
-            found[row["name"], ranks, row["strategy"]] = row
-    assert done.returncode == 0, (
-        done.stdout[-2000:] + done.stderr[-4000:] + str([r for r in found.values() if "error" in r])
-    )
-    return found
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("processes")
+    specs = [*MODELS, talk(folder)]
+    labels = {"labels": names_of_the_first(8), "label_key": "name"}
+    specs = [{**s, "values": {**STILL, "wiring": labels}} if s["recipe"] == "beit3-in1k" else s for s in specs]
+    return train_in_processes(specs, folder)
 
 
-CASES = [
-    (m["recipe"], int(ranks), strategy)
-    for m in [*MODELS, {"recipe": "text"}]
-    for ranks, strategies in m.get("strategies", BOTH).items()
-    for strategy in strategies
-]
-
-
-@pytest.mark.parametrize(("name", "ranks", "strategy"), CASES)
-def test_several_processes_train_to_the_losses_of_one(
-    name: str, ranks: int, strategy: str, losses: dict[tuple[str, int, str], Any]
-) -> None:
-    one, several = losses[name, 1, "single"], losses[name, ranks, strategy]
-    assert [len(stage) for stage in several["losses"]] == [len(stage) for stage in one["losses"]]
-    for expected, found in zip(one["losses"], several["losses"], strict=True):
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
-        assert len({round(loss, 4) for loss in expected}) > 1  # it learned something, or saw other samples
-    assert several["weights"].keys() == one["weights"].keys()
-    # weights whose gradient is rounding alone (biases of keys) go where AdamW's first steps throw them
-    far = [n for n, w in one["weights"].items() if several["weights"][n] != pytest.approx(w, rel=1e-2, abs=1e-4)]
-    assert len(far) <= len(one["weights"]) / 10, far
+@pytest.mark.parametrize("name", [*(m["recipe"] for m in MODELS), "text"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_several_processes_train_to_the_losses_of_one(name: str, ranks: int, strategy: str, trained: Trained) -> None:
+    check_losses(trained, name, ranks, strategy)
 
 
 def test_every_wiring_of_the_zoo_is_among_them() -> None:
