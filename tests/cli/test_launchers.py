@@ -29,17 +29,19 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_lines(folder / "curve.jsonl")]
 
 
-def test_a_multirun_over_devices_trains_a_run_for_each_to_the_same_losses(
+def test_a_multirun_over_devices_trains_a_run_for_each_to_the_losses_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert main(["train", *TINY, "trainer.devices=1,2", f"out={tmp_path}", "-m"]) == 0
-    one, two = finished(tmp_path)
-    assert [folder.name[-10:] for folder in (one, two)] == ["-devices=1", "-devices=2"]
-    assert one.name[:-1] == two.name[:-1]  # one configuration, one hash
-    assert [Run.read(folder).config["trainer"]["devices"] for folder in (one, two)] == [1, 2]
+    assert main(["train", *TINY, "trainer.devices=1,2,4", f"out={tmp_path / 'ddp'}", "-m"]) == 0
+    assert main(["train", *TINY, "trainer.devices=2,4", "strategy=fsdp", f"out={tmp_path / 'fsdp'}", "-m"]) == 0
+    one, *copied = finished(tmp_path / "ddp")
+    divided = finished(tmp_path / "fsdp")
+    name = one.name.removesuffix("-devices=1")  # one configuration, one hash
+    assert [folder.name for folder in (*copied, *divided)] == 2 * [f"{name}-devices=2", f"{name}-devices=4"]
     assert len(losses(one)) == 2
-    assert losses(one) == pytest.approx(losses(two), abs=1e-5)
+    for folder in (*copied, *divided):  # whose ranks refuse a world of another size than the configuration's
+        assert losses(folder) == pytest.approx(losses(one), abs=1e-5)
 
 
 @pytest.mark.parametrize(

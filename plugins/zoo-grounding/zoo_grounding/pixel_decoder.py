@@ -74,7 +74,8 @@ class PixelDecoderConfig(MaskDecoderConfig):
         own = super().scaled({key: value for key, value in sizes.items() if key != "depth"})
         if "depth" not in sizes:
             return own
-        return replace(own, layers=[-2 - n for n in range(len(self.layers))])
+        first = -int(sizes["depth"])  # an encoder of two blocks has one before its last: both scales read it
+        return replace(own, layers=[max(-2 - n, first) for n in range(len(self.layers))])
 
     def build(self, *, text_width: int, image_width: int) -> PixelDecoder:
         return PixelDecoder(self, text_width, image_width)
