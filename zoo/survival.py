@@ -251,7 +251,7 @@ def join(timeout: float, cuda: bool) -> Processes:
             store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
             if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
                 # torch elastic keeps its store when it starts ranks again, and with it the addresses of those that are
-                # gone. Agents of several nodes count restarts each for itself: there is no number that all share.
+                # gone. Agents of several nodes count restarts each for itself, and make a new store (zoo.worker).
                 store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             backend = "nccl" if cuda else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)

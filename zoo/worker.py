@@ -29,6 +29,12 @@ from zoo.survival import (
 )
 
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Has the agents of several nodes agree on a new store whenever they start ranks again. By default torch elastic keeps
+one, with the addresses of ranks that are gone; and there is no number of the attempt that all nodes share, under which
+new ones could be looked for, as ``zoo.survival.join`` does on one node."""
+
+
 def launch(folder: Path, devices: int, nodes: int = 1, restarts: int = 3) -> int:
     """Run ``folder`` on several devices of this machine and wait; returns the exit status (``zoo.survival``).
 
@@ -48,7 +54,8 @@ def launch(folder: Path, devices: int, nodes: int = 1, restarts: int = 3) -> int
         before = {number: signal.signal(number, signal.SIG_IGN) for number in asking()}
     # a group of its own: Ctrl-C in a terminal reaches this process alone
     apart = 0 if os.name == "posix" else None
-    agent = subprocess.Popen(command, process_group=apart)
+    own_store = {OWN_STORE: "1"} if nodes > 1 else {}
+    agent = subprocess.Popen(command, process_group=apart, env={**os.environ, **own_store})
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
@@ -99,7 +106,7 @@ def start_command(folder: Path, devices: int, nodes: int = 1, restarts: int = 0)
         here = f"this Slurm job has {given}" if job else "this is no Slurm job"
         raise RunError(
             f"trainer.nodes = {nodes}, but {here}: start it with zoo sweep --slurm, or on each node as"
-            f" 'torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
+            f" '{OWN_STORE}=1 torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
             f" -m zoo.worker {folder}'"
         )
     cores = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over from sbatch

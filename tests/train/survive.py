@@ -65,6 +65,7 @@ def main(out: Path) -> dict[str, Any]:
     import zoo.train  # noqa: F401
     from zoo.run_config import RunConfig
     from zoo.survival import read_ended
+    from zoo.worker import OWN_STORE
 
     told: dict[str, Any] = {"kills": kills.measure(out, 2, STEPS, 0)}
     expected = kills.result(out / "unbroken")
@@ -124,6 +125,18 @@ def main(out: Path) -> dict[str, Any]:
         "status": json.loads((folder / "manifest.json").read_text())["status"],
     }
 
+    # -- and the agents of two nodes, whose counts of restarts differ --------------------------------------------------
+    folder = kills.prepare(out / "nodes", STEPS, "trainer.devices=1", "trainer.nodes=2")
+    os.environ[OWN_STORE] = "1"
+    endpoint = f"localhost:{kills.free_port()}"
+    told["nodes"] = {
+        "statuses": kills.wait([agent(folder, endpoint) for _ in range(2)], 200),
+        "different": kills.differences(kills.result(folder), expected),
+        "died": (folder / "died").is_file(),
+        "status": json.loads((folder / "manifest.json").read_text())["status"],
+    }
+    del os.environ[OWN_STORE]
+
     # -- shards of DTensors --------------------------------------------------------------------------------------------
     shared = out / "sharded"
     shared.mkdir()
@@ -160,22 +173,35 @@ def break_loss(step: int) -> None:
     setattr(ZooModule, "losses", patched)  # noqa: B010
 
 
-def elastic(folder: Path) -> None:
-    """As ``zoo.worker.launch`` has torchrun do, but of forked workers; rank 1 of the first attempt kills itself."""
+def elastic(folder: Path, nodes: int = 1, endpoint: str = "localhost:0") -> None:
+    """As ``zoo.worker.launch`` has torchrun do, but of forked workers; the first that is rank 1 kills itself."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="survive", rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=1, start_method="fork", monitor_interval=0.1,
+        min_nodes=nodes, max_nodes=nodes, nproc_per_node=2 // nodes, run_id="survive", rdzv_backend="c10d",
+        rdzv_endpoint=endpoint, max_restarts=1, start_method="fork", monitor_interval=0.1,
     )  # fmt: skip
     with contextlib.redirect_stdout(sys.stderr):
         elastic_launch(config, rank_of_elastic)(folder)
 
 
+def agent(folder: Path, endpoint: str) -> int:
+    """Fork the agent of one of two nodes; returns its id."""
+    id = os.fork()
+    if id:
+        return id
+    status = 99
+    try:
+        elastic(folder, 2, endpoint)
+        status = 0
+    finally:
+        os._exit(status)
+
+
 def rank_of_elastic(folder: Path) -> None:
     from zoo.worker import main
 
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if os.environ["RANK"] == "1" and not (folder / "died").exists():
         at_step(3, lambda keeper: die(folder))
     os.dup2(2, 1)
     status = main([str(folder)])

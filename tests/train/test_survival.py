@@ -96,6 +96,10 @@ def test_torch_elastic_starts_a_killed_rank_again_and_the_run_ends_equal(told: d
     assert told["elastic"] == {"different": [], "died": True, "status": "done"}
 
 
+def test_the_agents_of_two_nodes_start_their_ranks_again_and_the_run_ends_equal(told: dict[str, Any]) -> None:
+    assert told["nodes"] == {"statuses": [0, 0], "different": [], "died": True, "status": "done"}
+
+
 def test_divided_tensors_are_read_whole_and_whole_ones_divided(told: dict[str, Any]) -> None:
     sharded = told["sharded"]
     assert sharded["statuses"] == [[0, 0]], sharded["logs"]
