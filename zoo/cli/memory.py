@@ -11,7 +11,6 @@ from zoo.run_config import CHECKPOINTING
 
 if TYPE_CHECKING:
     from zoo.compare.memory import Memory
-    from zoo.module import ZooModule
     from zoo.recipe import Recipe
 
 OPTIONS = ("--devices", "--strategy", "--batch-size", "--precision", "--accelerator", "--checkpointing")
@@ -56,29 +55,25 @@ def show_memory(recipe: Recipe, options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from zoo.cli.overrides import BATCH_SIZE
-    from zoo.compare.memory import Memory, predict, shared, units_of
+    from zoo.compare.memory import predict_recipe
     from zoo.recipe import read_scale
-    from zoo.strategies import checkpoint_blocks
 
     devices = options.devices
     strategy = options.strategy or "auto"
     if strategy == "auto":
         strategy = "single" if devices == 1 else "ddp"
-    shared(Memory(0, 0, 0, 0), devices, strategy)  # refuses names it does not know
     batch = options.batch_size or read_scale(recipe.scale).batch_size or BATCH_SIZE
     if devices < 1 or batch % devices:
         raise ConfigError(f"a batch of {batch} is not divided by {devices} devices: choose another --batch-size")
-    module = _on_meta(recipe)
-    if options.checkpointing == "blocks":
-        checkpoint_blocks(module.model)
+    stages = predict_recipe(
+        recipe, batch // devices, options.precision, options.accelerator,
+        devices=devices, strategy=strategy, checkpointing=options.checkpointing,
+    )  # fmt: skip
     table = Table(box=None, padding=(0, 2, 0, 0))
     for head in ("stage", "parameters", "gradients", "optimizer", "activations", "peak a device"):
         table.add_column(head, justify="left" if head == "stage" else "right")
-    for index, stage in enumerate(recipe.stages):
-        module.set_stage(index)
-        alone = predict(module, batch // devices, options.precision, options.accelerator)
-        each = shared(alone, devices, strategy, units_of(module, options.precision))
-        table.add_row(stage.name, *_row(each))
+    for stage, memory in zip(recipe.stages, stages, strict=True):
+        table.add_row(stage.name, *_row(memory))
     console = Console()
     many = f"{devices} device{'s' if devices > 1 else ''}, {strategy}"
     console.print(
@@ -89,15 +84,6 @@ def show_memory(recipe: Recipe, options: argparse.Namespace) -> None:
         "Counted on the meta device; kernels' workspaces, fragments and libraries come on top (about 0.5 GB a GPU).",
         style="dim",
     )
-
-
-def _on_meta(recipe: Recipe) -> ZooModule:
-    import torch
-
-    from zoo.api import build_module
-
-    with torch.device("meta"):
-        return build_module(recipe, seed=0)
 
 
 def _row(memory: Memory) -> list[str]:

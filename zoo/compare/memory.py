@@ -105,17 +105,40 @@ def predict(
 
 
 def predict_recipe(
-    recipe: Recipe, batch_size: int, precision: str = "fp32", accelerator: str = "gpu", ema: bool = False
+    recipe: Recipe,
+    batch_size: int,
+    precision: str = "fp32",
+    accelerator: str = "gpu",
+    ema: bool = False,
+    *,
+    devices: int = 1,
+    strategy: str = "single",
+    checkpointing: str = "none",
 ) -> list[Memory]:
-    """``predict`` of every stage of a recipe."""
-    from zoo.api import build_module
+    """Memory on each device, of every stage of a recipe.
 
+    Args:
+        batch_size: Samples of one forward pass on one device.
+        precision, accelerator, ema: As in ``predict``.
+        devices, strategy: As in ``shared``.
+        checkpointing: As ``trainer.checkpointing``.
+
+    Raises:
+        ConfigError: As ``shared``, before anything is built.
+    """
+    from zoo.api import build_module
+    from zoo.strategies import checkpoint_blocks
+
+    shared(Memory(0, 0, 0, 0), devices, strategy)
     with torch.device("meta"):
         module = build_module(recipe, seed=0)
+    if checkpointing == "blocks":
+        checkpoint_blocks(module.model)
     found = []
     for stage in range(len(recipe.stages)):
         module.set_stage(stage)
-        found.append(predict(module, batch_size, precision, accelerator, ema))
+        alone = predict(module, batch_size, precision, accelerator, ema)
+        found.append(shared(alone, devices, strategy, units_of(module, precision)))
     return found
 
 

@@ -27,8 +27,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def check_losses(found: Trained, name: str, ranks: int, strategy: str, tolerance
         assert len({round(loss, 4) for loss in expected}) > 1, f"{what}: stage {stage} neither learns nor sees new data"
         for step, (right, loss) in enumerate(zip(expected, losses, strict=True)):
             bound = tolerance * max(1.0, abs(right))
-            assert abs(loss - right) <= bound, f"{what}: stage {stage}, step {step}: loss {loss}, in one process {right}"
+            assert abs(loss - right) <= bound, (
+                f"{what}: stage {stage}, step {step}: loss {loss}, in one process {right}"
+            )
     assert several["weights"].keys() == one["weights"].keys(), f"{what}: other weights than in one process"
     # weights whose gradient is rounding alone (biases of keys) go where AdamW's first steps throw them
     far = [n for n, w in one["weights"].items() if abs(several["weights"][n] - w) > max(1e-4, 1e-2 * abs(w))]
@@ -188,7 +191,7 @@ def train(prepared: Prepared, strategy: str, rank: int, ranks: int) -> dict[str,
     return {"losses": found, "weights": {} if rank else weights}
 
 
-def one_rank(models: list[Prepared], strategy: str, rank: int, ranks: int, folder: Path) -> None:
+def one_rank(models: list[Prepared], strategy: str, ranks: int, folder: Path, rank: int) -> None:
     """Train all models as one of ``ranks``; a line of FOLDER/ranks-RANKS-RANK for each."""
     torch.set_num_threads(1)
     for prepared in models:
@@ -213,26 +216,30 @@ def main(folder: Path) -> int:
         models = [Prepared(spec) for spec in asked["models"]]
         for ranks in (1, *WORLDS):
             for strategy in ("single",) if ranks == 1 else STRATEGIES:
-                if fork(models, strategy, ranks, folder):
+                if fork(partial(one_rank, models, strategy, ranks, folder), ranks):
                     return 1
     return 0
 
 
-def fork(models: list[Prepared], strategy: str, ranks: int, folder: Path) -> int:
-    """Run ``one_rank`` in ``ranks`` processes; returns how many of them failed."""
+def fork(work: Callable[[int], None], ranks: int) -> int:
+    """Run ``work(rank)`` in ``ranks`` forks of this process, which find what torch.distributed.run tells its own.
+
+    Returns:
+        How many of them failed; when one does, the others are stopped.
+    """
     port, children = free_port(), []
     for rank in range(ranks):
         child = os.fork()
         if not child:
             status = 1
             try:
-                if ranks > 1:  # what torch.distributed.run tells its processes
+                if ranks > 1:
                     os.environ |= {
                         "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(ranks),
                         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                         "TORCHELASTIC_RUN_ID": "processes",
                     }  # fmt: skip
-                one_rank(models, strategy, rank, ranks, folder)
+                work(rank)
                 status = 0
             finally:
                 os._exit(status)
