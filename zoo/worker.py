@@ -28,7 +28,6 @@ from zoo.survival import (
     write_ended,
 )
 
-
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Has the agents of several nodes agree on a new store whenever they start ranks again. By default torch elastic keeps
 one, with the addresses of ranks that are gone; and there is no number of the attempt that all nodes share, under which
@@ -106,8 +105,8 @@ def start_command(folder: Path, devices: int, nodes: int = 1, restarts: int = 0)
         here = f"this Slurm job has {given}" if job else "this is no Slurm job"
         raise RunError(
             f"trainer.nodes = {nodes}, but {here}: start it with zoo sweep --slurm, or on each node as"
-            f" '{OWN_STORE}=1 torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
-            f" -m zoo.worker {folder}'"
+            f" '{OWN_STORE}=1 torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d"
+            f" --rdzv-endpoint=HOST:PORT -m zoo.worker {folder}'"
         )
     cores = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it over from sbatch
     step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
