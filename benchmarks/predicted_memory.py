@@ -112,8 +112,9 @@ def together(devices: list[int]) -> None:
         for strategy in ("ddp", "fsdp"):
             for count in devices:
                 trainer = TrainerConfig(accelerator="cpu", devices=count, strategy=strategy)
-                several = {"devices": count, "strategy": strategy}
-                predicted = predict_recipe(resolve(name, scale=scale), batch_size, "fp32", "cpu", **several)[0].peak
+                recipe = resolve(name, scale=scale)
+                stages = predict_recipe(recipe, batch_size, "fp32", "cpu", devices=count, strategy=strategy)
+                predicted = stages[0].peak
                 took = measure_shared(name, scale, batch_size, trainer)
                 row((name, scale, batch_size, strategy, count), predicted, took)
 

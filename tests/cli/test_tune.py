@@ -83,6 +83,18 @@ def test_runs_have_their_variants_best_factor_and_say_so(swept: Path) -> None:
         assert max(line["lr"] for line in run.curve) == rate[record["factor"]]
 
 
+def test_weights_of_trials_that_lost_are_not_kept(swept: Path) -> None:
+    for run in find_runs([swept]):
+        record = json.loads((run.path / "tuning.json").read_text())
+        chosen = swept / record["trial"]
+        assert (chosen / "weights").is_dir()
+        others = [folder for folder in chosen.parent.iterdir() if folder != chosen]
+        assert len(others) == 1
+        assert not (others[0] / "weights").exists()
+        assert not (others[0] / "checkpoint").exists()
+        assert (others[0] / "curve.jsonl").is_file()  # what it came to stays
+
+
 def test_the_tried_seed_is_not_trained_again(swept: Path, tmp_path: Path) -> None:
     """Its run is the trial's end, evaluated on the test split; trained anew it comes out the same."""
     run = next(r for r in find_runs([swept]) if r.seed == "0")

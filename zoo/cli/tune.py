@@ -92,7 +92,8 @@ def choose(configs: Iterable[RunConfig], tune: TuneConfig, out: str | Path) -> d
     """Read the trials; variant -> what was tried and ``factor``, the best, written to ``OUT/.tune/VARIANT.json``.
 
     A trial that failed, or whose metric is not a finite number, is left out; a variant none of whose trials gave a
-    number has ``error`` in place of a factor.
+    number has ``error`` in place of a factor. Weights of the trials that were not chosen are deleted: with a frozen
+    language model they are most of what a sweep writes, and nothing reads them.
     """
     from zoo.compare.rundir import Run
     from zoo.evaluation.task import task_metrics
@@ -125,6 +126,9 @@ def choose(configs: Iterable[RunConfig], tune: TuneConfig, out: str | Path) -> d
                 "at_edge": factor in (min(tune.factors), max(tune.factors)),
                 "trial": folders[factor],
             }
+            for other in set(folders.values()) - {folders[factor]}:
+                for kind in ("checkpoint", "weights"):
+                    shutil.rmtree(Path(out) / other / kind, ignore_errors=True)
         else:
             found[key]["error"] = (
                 f"no trial of {config.name} gave {tune.metric}{reasons(config, tune, out)}: see the folders in"

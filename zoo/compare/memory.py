@@ -58,25 +58,37 @@ class Memory:
 
 
 def predict(
-    module: ZooModule, batch_size: int, precision: str = "fp32", accelerator: str = "gpu", ema: bool = False
+    module: ZooModule,
+    batch_size: int,
+    precision: str = "fp32",
+    accelerator: str = "gpu",
+    ema: bool = False,
+    *,
+    devices: int = 1,
+    strategy: str = "single",
 ) -> Memory:
-    """Memory of a step of the module's current stage on one device.
+    """Memory of a step of the module's current stage on each device.
 
     Args:
         module: On the meta device.
-        batch_size: Samples of one forward pass on the device.
+        batch_size: Samples of one forward pass on one device.
         precision: As ``trainer.precision``.
         accelerator: ``cpu``, where attention of bf16 runs in fp32 and the optimizer takes one tensor at a time, or
             ``gpu``.
         ema: A second copy of the weights is kept.
+        devices, strategy: As in ``shared``, which has what they do to weights, gradients and moments.
+
+    Raises:
+        ConfigError: As ``shared``.
     """
+    units = units_of(module, precision) if strategy == "fsdp" else Units()
     model = module.model
     batch = model.example_batch(batch_size)
     was = module.training
     module.train()
     trained = [p for p in module.parameters() if p.requires_grad]
     weights = _bytes([*module.parameters(), *module.buffers()])
-    live = _Live()
+    live = _Live(dict.fromkeys(in_blocks(module), 1 / devices) if strategy == "fsdp" else {})
     handles: list[Any] = [p.register_post_accumulate_grad_hook(live.has_grad) for p in trained]  # type: ignore[no-untyped-call]
     lower = None if precision == "fp32" else torch.bfloat16 if precision == "bf16" else torch.float16
     live.see([*module.parameters(), *module.buffers()])
@@ -92,16 +104,19 @@ def predict(
         module.zero_grad(set_to_none=True)
         module.train(was)
     gradients = _bytes(trained)
-    # Lightning drops the last step's gradients only when the forward pass is over
-    held = max(live.before + gradients, live.most) - start - gradients
+    own = units.part(gradients, units.whole_trained, devices) if strategy == "fsdp" else gradients
+    # Lightning drops the last step's gradients only when the forward pass is over. Under FSDP a block's gradients are
+    # whole while its backward pass runs, and once more on their way
+    held = max(live.before + own, live.most + 2 * units.block_trained) - start - own
     largest = max((p.numel() * p.element_size() for p in trained), default=0)
-    return Memory(
+    alone = Memory(
         parameters=weights * (2 if ema else 1),
         gradients=gradients,
         optimizer=MOMENTS * gradients,
         activations=max(held, 0),
         step=gradients if accelerator == "gpu" else 2 * largest,
     )
+    return shared(alone, devices, strategy, units)
 
 
 def predict_recipe(
@@ -137,8 +152,7 @@ def predict_recipe(
     found = []
     for stage in range(len(recipe.stages)):
         module.set_stage(stage)
-        alone = predict(module, batch_size, precision, accelerator, ema)
-        found.append(shared(alone, devices, strategy, units_of(module, precision)))
+        found.append(predict(module, batch_size, precision, accelerator, ema, devices=devices, strategy=strategy))
     return found
 
 
@@ -189,15 +203,28 @@ class Units:
         whole: On every device all the time: buffers, scalars, tokenizers that never learn.
         beside: Divided, and on every device whole from the beginning of a step to the end of its backward pass.
         block: The largest block's, as it is gathered.
-        whole_trained, beside_trained, block_trained: What is trained of them, in fp32.
+        whole_trained, block_trained: What is trained of them, in fp32.
     """
 
     whole: int = 0
     beside: int = 0
     block: int = 0
     whole_trained: int = 0
-    beside_trained: int = 0
     block_trained: int = 0
+
+    @staticmethod
+    def part(size: int, whole: int, devices: int) -> int:
+        """What one of ``devices`` holds of ``size`` bytes, of which ``whole`` are not divided."""
+        return -(-(size - whole) // devices) + whole
+
+
+def in_blocks(module: ZooModule) -> list[nn.Parameter]:
+    """Parameters of the blocks that FSDP gathers and lets go one by one."""
+    from zoo.strategies import units, whole_parameters
+
+    whole = whole_parameters(module)
+    stacked, _ = units(module, whole)
+    return [p for block in stacked for p in block.parameters() if p not in whole]
 
 
 def units_of(module: ZooModule, precision: str = "fp32") -> Units:
@@ -218,17 +245,16 @@ def units_of(module: ZooModule, precision: str = "fp32") -> Units:
         beside=_bytes(beside),
         block=max(map(_bytes, divided), default=0) // (2 if precision == "bf16" else 1),
         whole_trained=trained(whole),
-        beside_trained=trained(beside),
         block_trained=max(map(trained, divided), default=0),
     )
 
 
 def shared(memory: Memory, devices: int, strategy: str, units: Units | None = None) -> Memory:
-    """Memory of each of several devices, of what ``predict`` says of one that works on its part of the batch.
+    """Memory of each of several devices, of what one would hold that works on its part of the batch.
 
     ``ddp``: every device has all, and buckets in which gradients travel. ``fsdp`` (FSDP2): weights, gradients and
     moments are divided; what stands beside the blocks is there whole for a step, the block at work too, and the next
-    one comes while it works; its gradients are there whole, and once more on their way.
+    one comes while it works. Gradients that are whole for a while are among ``predict``'s activations.
 
     Args:
         units: Of ``units_of``, for fsdp.
@@ -247,14 +273,11 @@ def shared(memory: Memory, devices: int, strategy: str, units: Units | None = No
         return replace(memory, gradients=2 * memory.gradients)
     u = units or Units()
 
-    def part(size: int, whole: int) -> int:
-        return -(-(size - whole) // devices) + whole
-
     return replace(
         memory,
-        parameters=part(memory.parameters, u.whole) + u.beside + 2 * u.block,
-        gradients=part(memory.gradients, u.whole_trained) + u.beside_trained + 2 * u.block_trained,
-        optimizer=part(memory.optimizer, MOMENTS * u.whole_trained),
+        parameters=u.part(memory.parameters, u.whole, devices) + u.beside + 2 * u.block,
+        gradients=u.part(memory.gradients, u.whole_trained, devices),
+        optimizer=u.part(memory.optimizer, MOMENTS * u.whole_trained, devices),
         step=-(-memory.step // devices),
     )
 
@@ -268,8 +291,10 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before: The largest sum before the first gradient was there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Mapping[nn.Parameter, float]) -> None:
+        """``kept``: the share of a parameter's gradient that stays on the device; 1 of those that are not in it."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self.kept = kept
         self.now = self.most = self.before = 0
         self._known: dict[int, int] = {}
         self._grads = False
@@ -291,8 +316,16 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _gone(self, key: int) -> None:
         self.now -= self._known.pop(key, 0)
 
-    def has_grad(self, parameter: Tensor) -> None:
+    def has_grad(self, parameter: nn.Parameter) -> None:
         self._grads = True
+        grad = parameter.grad
+        if grad is None or parameter not in self.kept:
+            return
+        key = grad.untyped_storage()._cdata
+        stays = round(self.kept[parameter] * grad.untyped_storage().nbytes())
+        gone = self._known.get(key, stays) - stays
+        self.now -= gone
+        self._known[key] = stays
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
