@@ -19,7 +19,6 @@ import json
 import os
 import random
 import signal
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -35,30 +34,24 @@ SMALL = [
 ]  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def start(folder: Path, world: int = 2, before: Any = None, **environment: str) -> list[int]:
     """Fork the ranks of a run; returns their ids.
 
     Args:
         before: Called in each, with its rank.
     """
-    port = free_port()
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    from zoo.testing.processes import rank_environment
+
+    port = get_free_port()
     ids = []
     for rank in range(world):
         id = os.fork()
         if id == 0:
             status = 99
             try:
-                os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                    GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="forked",
-                    **environment,
-                )  # fmt: skip
+                os.environ.update(rank_environment(rank, world, port), **environment)
                 log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
                 os.dup2(log, 2)

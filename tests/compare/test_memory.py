@@ -7,7 +7,7 @@ import torch
 
 from zoo.api import build_module
 from zoo.cli import main
-from zoo.compare.memory import Memory, Units, measure_recipe, predict_recipe, shared, units_of
+from zoo.compare.memory import Memory, Units, in_blocks, measure_recipe, predict_recipe, shared, units_of
 from zoo.errors import ConfigError
 from zoo.recipe import resolve
 
@@ -89,6 +89,9 @@ def test_units_are_what_fsdp_gathers() -> None:
     tables = 4 * 2 * 4096 * module.model.decoder_config.vocab_size
     assert tables < units.beside < 1.1 * tables
     assert units.whole < 1e6
+    learns = [p for p in module.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in learns) == 1024 * 4096 + 4096  # the connector, which is in no block
+    assert not set(learns) & set(in_blocks(module))
 
 
 def test_the_command_says_it(capsys: pytest.CaptureFixture[str]) -> None:

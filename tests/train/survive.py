@@ -61,6 +61,8 @@ def kept(folder: Path) -> list[str]:
 def main(out: Path) -> dict[str, Any]:
     kills = benchmark()
     torch.set_num_threads(1)
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
     import zoo.cli.progress
     import zoo.train  # noqa: F401
     from zoo.run_config import RunConfig
@@ -128,7 +130,7 @@ def main(out: Path) -> dict[str, Any]:
     # -- and the agents of two nodes, whose counts of restarts differ --------------------------------------------------
     folder = kills.prepare(out / "nodes", STEPS, "trainer.devices=1", "trainer.nodes=2")
     os.environ[OWN_STORE] = "1"
-    endpoint = f"localhost:{kills.free_port()}"
+    endpoint = f"localhost:{get_free_port()}"
     told["nodes"] = {
         "statuses": kills.wait([agent(folder, endpoint) for _ in range(2)], 200),
         "different": kills.differences(kills.result(folder), expected),

@@ -1,16 +1,10 @@
 """Several processes must train a recipe to the losses of one, under DDP and FSDP2: a contract, for plugins as well.
 
-    from zoo.testing.processes import STRATEGIES, WORLDS, Trained, check_losses, train_in_processes
+    from zoo.testing.processes import check_processes
 
-    @pytest.fixture(scope="module")
-    def trained(tmp_path_factory) -> Trained:
+    def test_several_processes_train_to_the_losses_of_one(tmp_path):
         mine = {"recipe": "my-model", "data": {"name": "my-data"}}
-        return train_in_processes([mine], tmp_path_factory.mktemp("runs"), plugin=("my-plugin", "my_package"))
-
-    @pytest.mark.parametrize("strategy", STRATEGIES)
-    @pytest.mark.parametrize("ranks", WORLDS)
-    def test_several_processes_train_to_the_losses_of_one(trained, ranks, strategy):
-        check_losses(trained, "my-model", ranks, strategy)
+        check_processes([mine], tmp_path, plugin=("my-plugin", "my_package"))
 
 All models of a number of processes go through one set of processes, and all sets are forks of one that has imported
 torch and the zoo: starting costs more than training them.
@@ -18,10 +12,10 @@ torch and the zoo: starting costs more than training them.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,10 +24,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from zoo.api import build_module
 from zoo.averaging import WeightAverage
@@ -96,6 +92,34 @@ def train_in_processes(
         errors = "\n".join(f"{key}: {row['error']}" for key, row in found.items() if "error" in row)
         raise AssertionError(f"{errors}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return found
+
+
+def check_processes(specs: Sequence[dict[str, Any]], folder: Path, plugin: tuple[str, str]) -> None:
+    """Check ``train_in_processes`` of all that a plugin wires, in every number of processes and under every strategy.
+
+    Args:
+        specs, folder, plugin: As there; each wiring of the plugin must be among the recipes.
+
+    Raises:
+        AssertionError: Naming the wirings that are missing, or as ``train_in_processes`` and ``check_losses``.
+    """
+    name, package = plugin
+    with in_catalogue(name, package):
+        tried = {resolve(spec["recipe"], scale="micro").wiring[0] for spec in specs}
+    brought = {c.name for c in importlib.import_module(package).PLUGIN.components if c.kind == "wiring"}
+    assert brought <= tried, f"{name}: no recipe of the wirings {sorted(brought - tried)} is trained"
+    found = train_in_processes(specs, folder, plugin)
+    for model, ranks, strategy in product((s.get("name", s["recipe"]) for s in specs), WORLDS, STRATEGIES):
+        check_losses(found, model, ranks, strategy)
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torch.distributed.run tells one of ``ranks`` processes of this machine, which meet at ``port``."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "processes",
+    }  # fmt: skip
 
 
 def check_losses(found: Trained, name: str, ranks: int, strategy: str, tolerance: float = TOLERANCE) -> None:
@@ -227,18 +251,14 @@ def fork(work: Callable[[int], None], ranks: int) -> int:
     Returns:
         How many of them failed; when one does, the others are stopped.
     """
-    port, children = free_port(), []
+    port, children = get_free_port(), []  # type: ignore[no-untyped-call]
     for rank in range(ranks):
         child = os.fork()
         if not child:
             status = 1
             try:
                 if ranks > 1:
-                    os.environ |= {
-                        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(ranks),
-                        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                        "TORCHELASTIC_RUN_ID": "processes",
-                    }  # fmt: skip
+                    os.environ |= rank_environment(rank, ranks, port)
                 work(rank)
                 status = 0
             finally:
@@ -254,13 +274,6 @@ def fork(work: Callable[[int], None], ranks: int) -> int:
                 with suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
     return failed
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-    return port
 
 
 if __name__ == "__main__":
